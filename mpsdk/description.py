@@ -1,0 +1,97 @@
+"""ModelDescription: what `resolve` needs to know of a model, without any framework.
+
+A model is an embedding part, a row of blocks, and a head part. Blocks of one kind share one list of tensors, so that a
+description stays small however deep the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mpsdk.families.spec import TransformerSpec
+
+Role = Literal["vocab", "column", "row", "replicated"]
+Part = Literal["embedding", "block", "head"]
+BLOCK_PREFIX = "blocks.{block}."
+
+
+class Initial(BaseModel):
+    """How a tensor starts: a normal distribution with standard deviation `std`, or a constant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+
+
+class TensorDescription(BaseModel):
+    """One canonical tensor: its name, global shape, and how tensor parallelism cuts it.
+
+    `role`: `vocab` and `column` cut dimension 0 (a column-parallel weight is (out, in)), `row` cuts dimension 1,
+    `replicated` is whole on every tensor-parallel rank. A cut falls between `units` equal parts (attention heads, say),
+    named `unit` in messages. `vocab` is padded instead.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    part: Part
+    block: int | None = None
+    units: int | None = None
+    unit: str | None = None
+    decay: bool = True  # weight decay applies (not to biases and norms)
+    initial: Initial
+    tied_to: str | None = None  # the canonical name of the owner, when this is the same tensor
+
+    @property
+    def cut_dimension(self) -> int | None:
+        """The dimension that tensor parallelism cuts, None when replicated."""
+        return {"vocab": 0, "column": 0, "row": 1, "replicated": None}[self.role]
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class ModelDescription(BaseModel):
+    """A model as `resolve` sees it. Tensor names of a kind are relative; `tensors()` gives them in full."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    spec: TransformerSpec | None = None  # families only
+    naming: Literal["canonical", "module"] = "canonical"
+    max_positions: int | None = None
+    vocab_size: int | None = None
+    embedding: tuple[TensorDescription, ...]
+    kinds: dict[str, tuple[TensorDescription, ...]]
+    blocks: tuple[str, ...] = Field(min_length=1)  # the kind of each block
+    head: tuple[TensorDescription, ...]
+
+    def block_tensors(self, block: int) -> Iterator[TensorDescription]:
+        """The tensors of block number `block`, under their full names."""
+        prefix = BLOCK_PREFIX.format(block=block)
+        for tensor in self.kinds[self.blocks[block]]:
+            yield tensor.model_copy(update={"name": prefix + tensor.name, "block": block})
+
+    def tensors(self) -> Iterator[TensorDescription]:
+        """All tensors, embedding first, then the blocks in order, then the head. A tied tensor appears again, with `tied_to`."""
+        yield from self.embedding
+        for block in range(len(self.blocks)):
+            yield from self.block_tensors(block)
+        yield from self.head
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied tensor counted once."""
+        outside = sum(t.elements for t in (*self.embedding, *self.head) if t.tied_to is None)
+        size_of = {kind: sum(t.elements for t in tensors) for kind, tensors in self.kinds.items()}
+        return outside + sum(size_of[kind] for kind in self.blocks)
