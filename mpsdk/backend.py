@@ -6,7 +6,6 @@ A backend is found by name through the entry-point group `mpsdk.backends`; looki
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from mpsdk.errors import BackendError, Problem
 
 if TYPE_CHECKING:
+    from mpsdk.config import Distribution, Training
     from mpsdk.description import ModelDescription
     from mpsdk.plan import Plan
 
@@ -149,12 +149,14 @@ def load_backend(framework: str) -> Backend:
     return backend
 
 
-def limits_of(framework: str) -> Callable[[Plan], list[Problem]] | None:
-    """The function that lists what `framework`'s backend can't do of a plan; imports no framework. None: no such backend."""
+Limits = Callable[["Distribution", "Training", "ModelDescription"], list[Problem]]
+
+
+def limits_of(framework: str) -> Limits | None:
+    """The function that lists what `framework`'s backend can't do; imports no framework. None: no such backend."""
     found = entry_points(group=LIMITS_GROUP, name=framework)
     if not found:
         return None
     (entry,) = found
-    module = importlib.import_module(entry.module)
-    limits: Callable[[Plan], list[Problem]] = getattr(module, entry.attr)
+    limits: Limits = entry.load()
     return limits
