@@ -33,7 +33,8 @@ class LocalTensor:
 
     `shape` is what is held, padding included; `valid` is the part of it that exists in the canonical tensor, standing
     at `offset` there. `owned` is False for a copy that another rank answers for: in the gradient norm and in a
-    checkpoint every canonical element is counted by exactly one owner.
+    checkpoint every canonical element is counted by exactly one owner. `tied` marks both copies of a tensor that two
+    stages hold, whose gradients are summed over `Plan.tied_group`.
     """
 
     tensor: TensorDescription
@@ -41,6 +42,7 @@ class LocalTensor:
     shape: tuple[int, ...]
     valid: tuple[int, ...]
     owned: bool
+    tied: bool
 
     @property
     def name(self) -> str:
@@ -128,7 +130,9 @@ class Plan(BaseModel):
             offset[dimension], shape[dimension] = min(tp * part, tensor.shape[dimension]), part
             valid[dimension] = max(0, min(part, tensor.shape[dimension] - tp * part))
         owned = tensor.tied_to is None and (dimension is not None or tp == 0)
-        return LocalTensor(tensor, tuple(offset), tuple(shape), tuple(valid), owned)
+        owners = {other.tied_to for other in self.description.head}
+        tied = self.tied_across_stages and (tensor.tied_to is not None or tensor.name in owners)
+        return LocalTensor(tensor, tuple(offset), tuple(shape), tuple(valid), owned, tied)
 
     @property
     def tied_across_stages(self) -> bool:

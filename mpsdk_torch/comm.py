@@ -1,0 +1,141 @@
+"""Collectives with gradients for tensor parallelism, and point-to-point calls for the pipeline.
+
+The conjugate pairs are those of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, figure 3) and of its sequence
+parallelism (Korthikanti et al. 2022, arXiv:2205.05198, figure 5): each forward's collective has the other as backward.
+
+| function            | forward                      | backward                     |
+|---------------------|------------------------------|------------------------------|
+| `copy_to_group`     | identity                     | all-reduce                   |
+| `reduce_from_group` | all-reduce                   | identity                     |
+| `gather_sequence`   | all-gather, dimension 1      | reduce-scatter, dimension 1  |
+| `scatter_sequence`  | reduce-scatter, dimension 1  | all-gather, dimension 1      |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """The ranks that share one layer's matrices. `handle` is None when there is only one."""
+
+    handle: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    sequence_parallel: bool = False
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        tensor = tensor.contiguous().clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather_sequence(tensor, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter_sequence(gradient, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter_sequence(tensor, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_sequence(gradient, ctx.group), None
+
+
+def _all_gather_sequence(tensor: Tensor, group: TensorGroup) -> Tensor:
+    """(batch, part, ...) on each rank to (batch, part * size, ...) on all."""
+    gathered = tensor.new_empty((group.size, *tensor.shape))
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), group=group.handle)
+    return gathered.transpose(0, 1).flatten(1, 2)
+
+
+def _reduce_scatter_sequence(tensor: Tensor, group: TensorGroup) -> Tensor:
+    """(batch, length, ...) on each rank, summed, to (batch, length / size, ...) of it on each."""
+    parts = tensor.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous()
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group.handle)
+    return own
+
+
+def enter_parallel(hidden: Tensor, group: TensorGroup) -> Tensor:
+    """Hidden states as a column-parallel layer needs them: the whole sequence, gradients summed over the group."""
+    if group.handle is None:
+        return hidden
+    if group.sequence_parallel:
+        return _GatherSequence.apply(hidden, group)
+    return _CopyToGroup.apply(hidden, group.handle)
+
+
+def leave_parallel(partial: Tensor, group: TensorGroup) -> Tensor:
+    """Partial sums of a row-parallel layer, summed: whole, or this rank's part of the sequence."""
+    if group.handle is None:
+        return partial
+    if group.sequence_parallel:
+        return _ScatterSequence.apply(partial, group)
+    return _ReduceFromGroup.apply(partial, group.handle)
+
+
+class StageLinks:
+    """Point-to-point calls between the pipeline ranks of one line.
+
+    Activations and gradients have a process group each, so that under NCCL, where a pair's transfers run in the order
+    in which they were issued, a waiting send of one never holds back the other. Under gloo the tag tells them apart.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], forward: dist.ProcessGroup, backward: dist.ProcessGroup) -> None:
+        self.ranks = ranks
+        self._groups = {True: forward, False: backward}
+        self._pending: list[tuple[dist.Work, Tensor]] = []
+
+    def send(self, tensor: Tensor, to: int, *, tag: int, forward: bool) -> None:
+        """Start sending `tensor` to pipeline coordinate `to`; it is kept until it has gone."""
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self.ranks[to], group=self._groups[forward], tag=tag)
+        self._pending = [(old, kept) for old, kept in self._pending if not old.is_completed()]
+        if work is not None:
+            self._pending.append((work, tensor))
+
+    def receive(self, into: Tensor, source: int, *, tag: int, forward: bool) -> dist.Work | None:
+        """Start receiving from pipeline coordinate `source`."""
+        return dist.irecv(into, self.ranks[source], group=self._groups[forward], tag=tag)
+
+    def finish(self) -> None:
+        """Wait until everything sent has gone."""
+        for work, _ in self._pending:
+            work.wait()
+        self._pending.clear()

@@ -1,0 +1,32 @@
+"""What this backend can't do, as data. Imports no framework, so that a plan can be refused without one."""
+
+from __future__ import annotations
+
+from mpsdk.config import Distribution, Training
+from mpsdk.description import ModelDescription
+from mpsdk.errors import Problem
+
+SCHEDULES = ("gpipe", "1f1b")
+
+
+def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
+    """Everything in the request that the PyTorch backend has no implementation for."""
+    problems: list[Problem] = []
+    schedule = distribution.pipeline.schedule
+    if distribution.pipeline.degree > 1 and schedule not in SCHEDULES:
+        problems.append(
+            Problem("pipeline.schedule", schedule, f"the PyTorch backend runs {' and '.join(SCHEDULES)} so far")
+        )
+    if distribution.compile.enabled:
+        problems.append(
+            Problem("compile", distribution.compile.enabled, "the PyTorch backend does not compile yet; set compile: false")
+        )
+    if distribution.checkpoint.asynchronous:
+        problems.append(
+            Problem("checkpoint.asynchronous", True, "checkpoints are written synchronously so far; set it to false")
+        )
+    if description.spec is None:
+        problems.append(
+            Problem("model", description.name, "the PyTorch backend trains the model families so far: gpt2, llama")
+        )
+    return problems

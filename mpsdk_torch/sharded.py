@@ -1,0 +1,88 @@
+"""Data parallelism on FSDP2: shards, replicas, both, and mixed precision.
+
+FSDP2 wraps a stage whenever there are several data ranks or the compute dtype is not fp32 (on a mesh of one rank it
+communicates nothing and only keeps the fp32 weights apart from their low-precision copies).
+
+| level        | whole parameters        | gradients reduced   |
+|--------------|-------------------------|---------------------|
+| `parameters` | one block at a time     | after each backward |
+| `gradients`  | during the step         | after each backward |
+| `optimizer`  | during the step         | once a step         |
+
+Replicas are summed once a step at every level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from mpsdk.config import ShardedDataParallel
+from mpsdk.plan import Plan
+from mpsdk_torch.precision import mixed_precision
+from mpsdk_torch.transformer import Transformer
+
+
+def needs_sharding(plan: Plan) -> bool:
+    return plan.data_size > 1 or plan.distribution.precision.mode != "fp32"
+
+
+def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
+    """Give each block, and the embedding and head, to FSDP2 as units of their own."""
+    settings = plan.distribution.sharded_data_parallel
+    per_block = _level(plan) == "parameters"
+    options = {
+        "mesh": mesh,
+        "reshard_after_forward": per_block,
+        "mp_policy": mixed_precision(plan.distribution.precision),
+    }
+    blocks = list(stage.blocks.values())
+    for block in blocks:
+        fully_shard(block, **options)
+    ends: list[nn.Module] = [part for part in (stage.embedding, stage.head) if part is not None]
+    if stage.tied_here:
+        fully_shard(ends, **options)  # one unit: a tied tensor may belong to one only
+    else:
+        for end in ends:
+            fully_shard(end, **options)
+    fully_shard(stage, **options)
+    assert isinstance(stage, FSDPModule)
+    stage.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
+    # Without it gloo refuses the factor, and NCCL up to torch 2.13 returned zero gradients in bf16 (pytorch#190745).
+    stage.set_force_sum_reduction_for_comms(True)
+    if per_block:
+        _prefetch(blocks, settings)
+
+
+def _prefetch(blocks: Sequence[nn.Module], settings: ShardedDataParallel) -> None:
+    ahead = settings.prefetch
+    for index, block in enumerate(blocks):
+        assert isinstance(block, FSDPModule)
+        block.set_modules_to_forward_prefetch(list(blocks[index + 1 : index + 1 + ahead]))
+        block.set_modules_to_backward_prefetch(list(blocks[max(0, index - ahead) : index])[::-1])
+
+
+def before_backward(stage: nn.Module, plan: Plan, *, last: bool) -> None:
+    """Tell FSDP2 what the coming backward of `stage` is to reduce; `last`: it is the step's last one."""
+    if not isinstance(stage, FSDPModule):
+        return
+    level = _level(plan)
+    stage.set_requires_gradient_sync(last or level != "optimizer")
+    stage.set_requires_all_reduce(last)
+    stage.set_is_last_backward(last)
+    stage.set_reshard_after_backward(last or level == "parameters")
+
+
+def release(stage: nn.Module) -> None:
+    """Drop whole parameters that a forward without a backward left behind."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _level(plan: Plan) -> str:
+    """The level to run; with one shard there is nothing to hold back, so gradients wait for the last backward."""
+    return plan.distribution.sharded_data_parallel.level if plan.degrees.sdp > 1 else "optimizer"

@@ -1,0 +1,185 @@
+"""One training step on this rank: count the valid tokens, run the schedule, update."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpsdk.backend import IGNORED_LABEL, Batch, Place
+from mpsdk.plan import Plan
+from mpsdk_torch.dropout import Moment
+from mpsdk_torch.executor import Executor
+from mpsdk_torch.loss import cross_entropy_sum
+from mpsdk_torch.optimizer import ShardedOptimizer
+from mpsdk_torch.precision import COMPUTE_DTYPES
+from mpsdk_torch.sharded import before_backward, release
+from mpsdk_torch.topology import Groups
+from mpsdk_torch.transformer import Transformer
+
+
+class Trainer:
+    """Drives the executor over a step's batch.
+
+    The loss is the sum of token losses over the count of valid tokens in the global batch, known before the first
+    backward, so that every layout gives the gradient that one process would.
+    """
+
+    def __init__(
+        self, plan: Plan, place: Place, groups: Groups, stages: Mapping[int, Transformer], optimizer: ShardedOptimizer
+    ) -> None:
+        self.plan, self.place, self.groups, self.stages, self.optimizer = plan, place, groups, stages, optimizer
+        self._step = 0
+        self._pass = 0
+        self._microbatches: dict[str, Tensor] = {}
+        self._divisor = torch.ones((), device=groups.device)
+        self._sum = torch.zeros((), device=groups.device)
+        self._executor = Executor(
+            {number: self._forward_of(number) for number in stages},
+            self._loss,
+            stage_rank=plan.schedule.stage_rank,
+            links=groups.links,
+            hidden=self._empty_hidden,
+            before_backward=lambda stage, last: before_backward(stages[stage], plan, last=last),
+            note=self._note,
+        )
+
+    def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
+        """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
+        self._step = step
+        count = self._count_tokens(batch)
+        self._divisor = count / self.optimizer.loss_scale.scale
+        self._sum = torch.zeros((), device=self.groups.device)
+        actions = self.plan.actions(self.place.rank)
+        passes = self.plan.training.accumulation
+        for number in range(passes):
+            self._load(batch, number)
+            self._executor.run(actions, final=number == passes - 1)
+        self._note("updating")
+        scale = self.optimizer.loss_scale.scale.clone()
+        norm = self.optimizer.step(learning_rate)
+        return PendingStep(self, loss=self._sum / count, norm=norm, loss_scale=scale)
+
+    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+        """Sum of token losses and count of valid tokens over all data ranks."""
+        self._step = step
+        count = self._count_tokens(batch)
+        self._divisor = torch.ones((), device=self.groups.device)
+        self._sum = torch.zeros((), device=self.groups.device)
+        actions = self.plan.evaluation_schedule.actions[self.groups.coordinates.pp]
+        for stage in self.stages.values():
+            stage.eval()
+        for number in range(batch["labels"].shape[0]):
+            self._load(batch, number)
+            self._executor.evaluate(actions)
+        for stage in self.stages.values():
+            stage.train()
+            release(stage)
+        total = self.sum_over_world(self._sum)
+        return float(total), float(count)
+
+    def sum_over_world(self, value: Tensor) -> Tensor:
+        """The sum over data ranks of what the last stage counted, on every rank."""
+        return self.reduce(value * self._counts_loss)
+
+    @property
+    def _counts_loss(self) -> bool:
+        """The loss is the same on all tensor-parallel ranks of the last stage: one of them speaks for it."""
+        return (len(self.plan.stages) - 1) in self.stages and self.groups.coordinates.tp == 0
+
+    def reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        if self.place.world_size > 1:
+            dist.all_reduce(value, op=op)
+        return value
+
+    # -- what the executor calls ------------------------------------------------------------------------------------
+
+    def _forward_of(self, number: int) -> Callable[[Tensor | None, int], Tensor]:
+        stage = self.stages[number]
+
+        def forward(hidden: Tensor | None, microbatch: int) -> Tensor:
+            inputs = self._microbatches["input_ids"][microbatch] if hidden is None else hidden
+            return stage(inputs, self._moment(microbatch))
+
+        return forward
+
+    def _loss(self, logits: Tensor, microbatch: int) -> Tensor:
+        assert self.plan.description.vocab_size is not None
+        total = cross_entropy_sum(
+            logits,
+            self._microbatches["labels"][microbatch],
+            vocab_size=self.plan.description.vocab_size,
+            group=self.groups.tensor,
+        )
+        self._sum += total.detach()
+        return total / self._divisor
+
+    def _moment(self, microbatch: int) -> Moment:
+        """Numbers this microbatch over the whole global batch, so that no two share a dropout mask."""
+        plan = self.plan
+        data_rank = plan.topology.data_rank(self.place.rank)
+        number = (self._pass * plan.data_size + data_rank) * plan.microbatches + microbatch
+        return Moment(plan.training.seed, self._step, number)
+
+    def _empty_hidden(self) -> Tensor:
+        plan, tensor = self.plan, self.groups.tensor
+        assert plan.description.spec is not None
+        length = plan.training.sequence_length // (tensor.size if tensor.sequence_parallel else 1)
+        return torch.empty(
+            (plan.microbatch_size, length, plan.description.spec.hidden_size),
+            dtype=COMPUTE_DTYPES[plan.distribution.precision.mode],
+            device=self.groups.device,
+        )
+
+    def _note(self, activity: str) -> None:
+        self.place.note(f"step {self._step}: {activity}")
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    def _load(self, batch: Batch, number: int) -> None:
+        """Move one pass over the microbatches to the device."""
+        self._pass = number
+        self._microbatches = {
+            name: torch.from_numpy(np.ascontiguousarray(rows[number], dtype=np.int64)).to(self.groups.device)
+            for name, rows in batch.items()
+        }
+
+    def _count_tokens(self, batch: Batch) -> Tensor:
+        """Valid tokens of the whole global batch, on the device."""
+        valid = int(np.count_nonzero(batch["labels"] != IGNORED_LABEL))
+        count = torch.tensor(float(valid), dtype=torch.float64).to(self.groups.device)
+        if self.groups.data is not None:
+            self._note("counting tokens")
+            dist.all_reduce(count, group=self.groups.data)
+        return count.clamp(min=1.0).to(torch.float32)
+
+
+class PendingStep:
+    """A step's results, still on the device."""
+
+    def __init__(self, trainer: Trainer, *, loss: Tensor, norm: Tensor, loss_scale: Tensor) -> None:
+        self._trainer, self._loss, self._norm, self._loss_scale = trainer, loss, norm, loss_scale
+
+    def read(self, *, stop: bool = False) -> dict[str, float]:
+        """See `mpsdk.backend.StepResult`. Collective: every rank calls it after the same step."""
+        trainer = self._trainer
+        trainer._note("reading the loss")
+        device = trainer.groups.device
+        loss = trainer.sum_over_world(self._loss)
+        largest = torch.tensor([float(stop), float(_peak_memory(device))], dtype=torch.float64).to(device)
+        stopped, peak = trainer.reduce(largest, dist.ReduceOp.MAX).tolist()
+        values = {"loss": float(loss), "grad_norm": float(self._norm), "peak_memory_bytes": peak, "stop": stopped}
+        if trainer.optimizer.loss_scale.active:
+            values["loss_scale"] = float(self._loss_scale)
+        return values
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,108 @@
+"""Process groups for the plan's axes. Who is in which group stands in the plan; this room only makes the groups.
+
+Only groups that somebody uses are made: an axis of one rank has none.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mpsdk.backend import Place
+from mpsdk.plan import Plan
+from mpsdk.topology import Coordinates
+from mpsdk_torch.comm import StageLinks, TensorGroup
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's groups. None where the group would be this rank alone."""
+
+    coordinates: Coordinates
+    device: torch.device
+    tensor: TensorGroup
+    data: dist.ProcessGroup | None  # dp and sdp: different rows of the batch
+    model: dist.ProcessGroup | None  # pp, sdp and tp: one whole model
+    tied: dist.ProcessGroup | None  # the two stages with a copy of a tied tensor
+    links: StageLinks | None
+    sharding: DeviceMesh | None  # (dp, sdp), as FSDP2 wants it
+
+
+def join(place: Place) -> torch.device:
+    """Join the other ranks and give this rank's device. NCCL when every process can have a GPU, else gloo."""
+    gpu = torch.cuda.is_available() and torch.cuda.device_count() > place.local_rank
+    device = torch.device("cuda", place.local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    place.note(f"joining {place.world_size} ranks")
+    if place.store is not None:
+        rendezvous = {"init_method": f"file://{place.store}", "rank": place.rank, "world_size": place.world_size}
+    else:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        rendezvous = {"init_method": "env://", "rank": place.rank, "world_size": place.world_size}
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        timeout=timedelta(seconds=place.timeout),
+        device_id=device if gpu else None,
+        **rendezvous,
+    )
+    return device
+
+
+def make_groups(plan: Plan, rank: int, device: torch.device, *, sharding: bool) -> Groups:
+    """The groups of `rank`. All ranks call this together; `sharding` says whether FSDP2 needs its mesh."""
+    topology = plan.topology
+    coordinates = topology.coordinates(rank)
+
+    def group(axes: tuple[str, ...]) -> dist.ProcessGroup | None:
+        ranks = topology.group(rank, axes)
+        return _new_group(ranks) if len(ranks) > 1 else None
+
+    tensor = group(("tp",))
+    data = group(("dp", "sdp"))
+    model = group(("pp", "sdp", "tp"))
+    pipeline = topology.group(rank, ("pp",))
+    links = None
+    if len(pipeline) > 1:
+        links = StageLinks(pipeline, forward=_new_group(pipeline), backward=_new_group(pipeline))
+    tied_ranks = plan.tied_group(rank)
+    return Groups(
+        coordinates=coordinates,
+        device=device,
+        tensor=TensorGroup(
+            handle=tensor,
+            rank=coordinates.tp,
+            size=plan.degrees.tp,
+            sequence_parallel=tensor is not None and plan.distribution.tensor_parallel.sequence_parallel,
+        ),
+        data=data,
+        model=model,
+        tied=_new_group(tied_ranks) if tied_ranks else None,
+        links=links,
+        sharding=_sharding_mesh(plan, rank, device) if sharding else None,
+    )
+
+
+def _sharding_mesh(plan: Plan, rank: int, device: torch.device) -> DeviceMesh:
+    topology = plan.topology
+    place = topology.coordinates(rank)
+    mesh = [
+        [topology.rank_of(place._replace(dp=dp, sdp=sdp)) for sdp in range(plan.degrees.sdp)]
+        for dp in range(plan.degrees.dp)
+    ]
+    shards = _new_group(topology.group(rank, ("sdp",)))
+    if plan.degrees.dp == 1:
+        return DeviceMesh.from_group(shards, device.type, mesh=mesh[0], mesh_dim_names=("sdp",))
+    replicas = _new_group(topology.group(rank, ("dp",)))
+    return DeviceMesh.from_group([replicas, shards], device.type, mesh=torch.tensor(mesh), mesh_dim_names=("dp", "sdp"))
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    # Only the members take part, so ranks may make different groups; each rank makes its groups in the same order of
+    # axes, which keeps two overlapping groups from waiting for each other.
+    return dist.new_group(list(ranks), use_local_synchronization=True)
