@@ -78,7 +78,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run the code in it."""
     python = shared(session, "torch", "hf", "docs")
     session.run(python, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build", external=True)
-    session.run(python, "-m", "pytest", "docs", "README.md", *session.posargs, external=True, env=QUIET)
+    session.run(python, "-m", "pytest", "-p", "docs.code_blocks", "docs", "README.md", *session.posargs, external=True, env=QUIET)
 
 
 @nox.session(default=False)
