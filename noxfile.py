@@ -54,7 +54,7 @@ def core(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Pyright: strict in the core, standard elsewhere."""
     python = shared(session, "torch", "hf", "types")
-    session.run(python, "-m", "pyright", *session.posargs, external=True)
+    session.run(python, "-m", "pyright", "--pythonpath", python, *session.posargs, external=True)
 
 
 @nox.session
@@ -78,7 +78,8 @@ def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run the code in it."""
     python = shared(session, "torch", "hf", "docs")
     session.run(python, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build", external=True)
-    session.run(python, "-m", "pytest", "-p", "docs.code_blocks", "docs", "README.md", *session.posargs, external=True, env=QUIET)
+    blocks = ("-p", "docs.code_blocks", "docs", "README.md")
+    session.run(python, "-m", "pytest", *blocks, *session.posargs, external=True, env=QUIET)
 
 
 @nox.session(default=False)

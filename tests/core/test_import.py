@@ -26,7 +26,9 @@ def python(code: str) -> str:
 
 def modules_after(code: str) -> set[str]:
     """The top-level modules that `code` leaves in a fresh interpreter."""
-    printed = python(f"{code}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))")
+    printed = python(
+        f"{code}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    )
     return set(printed.split())
 
 
