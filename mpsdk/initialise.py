@@ -51,7 +51,7 @@ class RandomSource:
             raise CheckpointError(
                 f"initial values exist for slot {WEIGHT!r} only, not for {slot!r} of {name!r}"
             )
-        _check_slice(tensor, offset, shape)
+        check_slice(tensor, offset, shape)
         return initial_values(tensor.initial, tensor.shape, offset, shape, key=_key(self._seed, tensor.name))
 
     def _tensor(self, name: str) -> TensorDescription:
@@ -59,6 +59,18 @@ class RandomSource:
             raise CheckpointError(f"the model has no tensor {name!r}")
         tensor = self._tensors[name]
         return tensor if tensor.tied_to is None else self._tensor(tensor.tied_to)
+
+
+def check_slice(tensor: TensorDescription, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError unless the slice of `shape` at `offset` lies inside `tensor`."""
+    inside = len(offset) == len(shape) == len(tensor.shape) and all(
+        start >= 0 and count >= 0 and start + count <= size
+        for start, count, size in zip(offset, shape, tensor.shape, strict=True)
+    )
+    if not inside:
+        raise CheckpointError(
+            f"slice of shape {shape} at {offset} reaches outside {tensor.name!r} of shape {tensor.shape}"
+        )
 
 
 def initial_values(
@@ -109,17 +121,6 @@ def _raw(key: int, start: int, count: int) -> NDArray[np.uint64]:
 def _key(seed: int, name: str) -> int:
     """128 bits from the seed and the name."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")
-
-
-def _check_slice(tensor: TensorDescription, offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    inside = len(offset) == len(shape) == len(tensor.shape) and all(
-        start >= 0 and count >= 0 and start + count <= size
-        for start, count, size in zip(offset, shape, tensor.shape, strict=True)
-    )
-    if not inside:
-        raise CheckpointError(
-            f"slice of shape {shape} at {offset} reaches outside {tensor.name!r} of shape {tensor.shape}"
-        )
 
 
 # Wichura 1988, "Algorithm AS 241: The percentage points of the normal distribution", PPND7: about 1 part in 10^7.

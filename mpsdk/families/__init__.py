@@ -1,29 +1,26 @@
 """Model families: what mpsdk knows of each kind of Hugging Face model, one declarative file a family.
 
-Adding a family is a file like `llama.py` and its line in `FAMILIES`.
+    >>> from mpsdk.families import read_model
+    >>> read_model({"model_type": "gpt2", "n_layer": 2}).spec.blocks
+    2
+
+Adding a family is a file like `llama.py` and its line in `registry.py`. Weights: `mpsdk.families.hf`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from difflib import get_close_matches
-
-from mpsdk.errors import ConfigError, Problem
 from mpsdk.families.family import Family
-from mpsdk.families.gpt2 import GPT2
-from mpsdk.families.llama import LLAMA
+from mpsdk.families.read import ReadModel, read_model
+from mpsdk.families.registry import FAMILIES, family_of
 from mpsdk.families.spec import Dropout, Rotary, TransformerSpec
 
-__all__ = ["FAMILIES", "Dropout", "Family", "Rotary", "TransformerSpec", "family_of"]
-
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (GPT2, LLAMA)}
-
-
-def family_of(model_type: str) -> Family:
-    """The family of a `model_type`. Raises ConfigError, with the nearest name, for one that has no table."""
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    close = get_close_matches(model_type, FAMILIES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    remedy = f"no family of this name; {hint}Families: {', '.join(sorted(FAMILIES))}"
-    raise ConfigError([Problem("model.model_type", model_type, remedy)], where="the model")
+__all__ = [
+    "FAMILIES",
+    "Dropout",
+    "Family",
+    "ReadModel",
+    "Rotary",
+    "TransformerSpec",
+    "family_of",
+    "read_model",
+]

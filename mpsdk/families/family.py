@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.families.fields import Fields
 from mpsdk.families.rules import WeightRule
@@ -45,10 +47,12 @@ class Family:
         fields.only(
             "quantization_config", None, "quantised weights can't be trained; load the original model"
         )
-        spec = self.read(fields)
-        if exhaustive:
-            fields.unknown()
-        fields.finish()
+        try:
+            spec = self.read(fields)
+        except ValidationError:
+            fields.finish(exhaustive=exhaustive)  # why it failed, in the configuration's own words
+            raise
+        fields.finish(exhaustive=exhaustive)
         return spec
 
     def hf_config(self, spec: TransformerSpec) -> dict[str, object]:

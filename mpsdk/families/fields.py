@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TypeVar, cast
@@ -107,15 +108,15 @@ class Fields:
 
     def positive(self, name: str, default: float) -> float:
         value = self._number(name, default)
-        if value is None or not 0 < value < float("inf"):
-            self.problem(name, "must be a positive number")
+        if value is None or not 0 < value < math.inf:
+            self.problem(name, "must be a positive number" + self._hint(name))
             return default
         return value
 
     def probability(self, name: str, default: float) -> float:
         value = self._number(name, default)
         if value is None or not 0 <= value < 1:
-            self.problem(name, "must be a number from 0 up to, but not including, 1")
+            self.problem(name, "must be a number from 0 up to, but not including, 1" + self._hint(name))
             return default
         return value
 
@@ -153,18 +154,23 @@ class Fields:
         if found is not None and found != value:
             self.problem(name, f"{why}; only {value!r} is supported")
 
-    def unknown(self, allowed: Iterable[str] = COMMON) -> None:
-        """Every field that was not read and is not `allowed` is a problem: it would have no effect."""
+    def finish(self, *, exhaustive: bool = False) -> None:
+        """Raise ConfigError if there are problems. `exhaustive`: a field that was not read is one; it would have no effect."""
+        if exhaustive:
+            self.unknown(COMMON)
+        if self.problems:
+            raise ConfigError(self.problems, where="the model's configuration")
+
+    def unknown(self, allowed: Iterable[str]) -> None:
+        """Every field that was not read and is not `allowed` is a problem."""
         known = self._known | set(allowed)
         for name in self._config:
             if name not in known:
                 close = get_close_matches(name, sorted(known), n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                self.problem(name, f"is not a field of this model{hint}")
-
-    def finish(self) -> None:
-        if self.problems:
-            raise ConfigError(self.problems, where="the model's configuration")
+                self.problem(
+                    name,
+                    f"is not a field here; did you mean {close[0]!r}?" if close else "is not a field here",
+                )
 
     def _number(self, name: str, default: float) -> float | None:
         value = self.raw(name)
@@ -173,3 +179,15 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         return float(value)
+
+    def _hint(self, name: str) -> str:
+        """For the number that YAML takes for text, as it does with 1e-5."""
+        value = self.raw(name)
+        try:
+            return (
+                f"; YAML reads this as text without a dot: write {float(value):.1e}"
+                if isinstance(value, str)
+                else ""
+            )
+        except ValueError:
+            return ""

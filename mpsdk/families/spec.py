@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SCALING_NUMBERS = {"linear": 1, "llama3": 4}  # how many numbers follow the kind in `Rotary.scaling`
 
 
 class Rotary(BaseModel):
@@ -22,6 +24,18 @@ class Rotary(BaseModel):
 
     theta: float = Field(gt=0)
     scaling: tuple[str | float, ...] | None = None
+
+    @field_validator("scaling")
+    @classmethod
+    def _known_scaling(cls, scaling: tuple[str | float, ...] | None) -> tuple[str | float, ...] | None:
+        if scaling is None:
+            return None
+        kind, numbers = str(scaling[0]) if scaling else "", scaling[1:]
+        if kind not in SCALING_NUMBERS:
+            raise ValueError(f"must begin with one of {', '.join(SCALING_NUMBERS)}; got {kind!r}")
+        if len(numbers) != SCALING_NUMBERS[kind] or any(isinstance(number, str) for number in numbers):
+            raise ValueError(f"{kind!r} takes {SCALING_NUMBERS[kind]} numbers; got {numbers}")
+        return scaling
 
 
 class Dropout(BaseModel):
@@ -67,3 +81,17 @@ class TransformerSpec(BaseModel):
     initializer_range: float = Field(default=0.02, gt=0)
     scale_residual_initialisation: bool = False  # GPT-2: output projections start at range / sqrt(2 * blocks)
     dropout: Dropout = Dropout()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TransformerSpec:
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads ({self.key_value_heads}) must divide heads ({self.heads})")
+        if (self.positions == "rotary") != (self.rotary is not None):
+            raise ValueError(
+                f"rotary must be given with rotary positions and only then; positions: {self.positions!r}"
+            )
+        if self.rotary is not None and self.head_size % 2:
+            raise ValueError(
+                f"head_size ({self.head_size}) must be even: rotary positions turn pairs of features"
+            )
+        return self

@@ -1,0 +1,146 @@
+"""Weights from a Hugging Face directory, under canonical names, slice by slice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsdk.backend import WEIGHT
+from mpsdk.description import TensorDescription
+from mpsdk.errors import CheckpointError
+from mpsdk.families.describe import describe_spec
+from mpsdk.families.family import Family
+from mpsdk.families.files import DTYPES, Stored, has_weights, stored_tensors
+from mpsdk.families.layout import HfTensor, hf_tensors
+from mpsdk.families.spec import TransformerSpec
+from mpsdk.initialise import check_slice
+
+__all__ = ["HuggingFaceSource", "has_weights"]
+
+ROWS_COMPARED = 1024  # of a tied pair that a file holds twice
+
+
+class HuggingFaceSource:
+    """A TensorSource over the safetensors files of a Hugging Face directory. Values come as float32.
+
+    Opening it reads headers only and checks every name and shape; `read` reads no more than the slice asked for.
+
+    Raises:
+        CheckpointError: no readable weights, or tensors that are missing, left over, of another shape or of a type that is
+            not float32, float16 or bfloat16: all of these in one error.
+    """
+
+    slots: frozenset[str] = frozenset({WEIGHT})
+
+    def __init__(self, directory: str | Path, family: Family, spec: TransformerSpec) -> None:
+        self._directory = Path(directory)
+        self.scalars: Mapping[str, float | int] = {}
+        tensors = hf_tensors(family.rules, describe_spec(spec))
+        found = stored_tensors(self._directory)
+        matched = _match(tensors, found, family.prefix)
+        problems = [
+            *_left_out(tensors, matched),
+            *_unfit(tensors, matched),
+            *_left_over(found, matched, family, spec),
+        ]
+        if problems:
+            raise self._refusal(problems)
+        self._where: dict[str, tuple[HfTensor, TensorDescription, Stored]] = {}
+        for tensor in tensors:
+            if tensor.name in matched:
+                for part in tensor.parts:
+                    self._where[part.name] = (tensor, part, matched[tensor.name])
+        self._tie(tensors)
+
+    def read(
+        self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> NDArray[np.float32]:
+        if slot != WEIGHT or name not in self._where:
+            raise CheckpointError(f"{self._directory} has no {slot} of {name!r}")
+        tensor, part, stored = self._where[name]
+        check_slice(part, offset, shape)
+        values = np.empty(shape, dtype=np.float32)
+        for there, here in tensor.pieces(part, offset, shape):
+            values[here] = tensor.turn(stored.read(there))
+        return values
+
+    def _tie(self, tensors: tuple[HfTensor, ...]) -> None:
+        """A tied tensor reads as its owner. A file may hold either or both; both must be equal, as transformers asks."""
+        for part in (part for tensor in tensors for part in tensor.parts):
+            owner = part.tied_to
+            if owner is None:
+                continue
+            if part.name in self._where and owner in self._where and not self._equal(part, owner):
+                raise self._refusal(
+                    [f"{part.name} and {owner} differ, and the configuration has tie_word_embeddings = true"]
+                )
+            there = self._where[owner] if owner in self._where else self._where[part.name]
+            self._where[part.name] = self._where[owner] = there
+
+    def _equal(self, part: TensorDescription, owner: str) -> bool:
+        rest = part.shape[1:]
+        for row in range(0, part.shape[0], ROWS_COMPARED):
+            offset = (row, *(0 for _ in rest))
+            shape = (min(ROWS_COMPARED, part.shape[0] - row), *rest)
+            first, second = (self.read(name, WEIGHT, offset, shape) for name in (part.name, owner))
+            if not np.array_equal(first, second):
+                return False
+        return True
+
+    def _refusal(self, problems: list[str]) -> CheckpointError:
+        lines = [f"the weights in {self._directory} do not fit its configuration:", *problems]
+        return CheckpointError("\n  ".join(lines))
+
+
+def _match(tensors: tuple[HfTensor, ...], found: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
+    """The stored tensor of each expected one, under its full name or, as base models are saved, without the prefix."""
+    matched: dict[str, Stored] = {}
+    for tensor in tensors:
+        for name in (tensor.name, tensor.name.removeprefix(prefix)):
+            if name in found:
+                matched[tensor.name] = found[name]
+                break
+    return matched
+
+
+def _left_out(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iterator[str]:
+    present = {part.name for tensor in tensors if tensor.name in matched for part in tensor.parts}
+    tied = {part.tied_to: part.name for tensor in tensors for part in tensor.parts if part.tied_to}
+    for tensor in tensors:
+        if tensor.name in matched or tensor.tied:
+            continue
+        if all(tied.get(part.name) in present for part in tensor.parts):
+            continue  # its tied twin is there
+        yield f"missing: {tensor.name} {tensor.shape}"
+
+
+def _unfit(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iterator[str]:
+    for tensor in tensors:
+        stored = matched.get(tensor.name)
+        if stored is None:
+            continue
+        if stored.shape != tensor.shape:
+            yield f"wrong shape: {tensor.name} is {stored.shape}, the configuration makes it {tensor.shape}"
+        if stored.dtype not in DTYPES:
+            yield f"wrong type: {tensor.name} is {stored.dtype}; {', '.join(DTYPES)} can be read"
+
+
+def _left_over(
+    found: Mapping[str, Stored], matched: Mapping[str, Stored], family: Family, spec: TransformerSpec
+) -> Iterator[str]:
+    used = {id(stored) for stored in matched.values()}
+    ignored = [_pattern(template, family.prefix) for template in family.ignored]
+    for name, stored in found.items():
+        if id(stored) in used or any(pattern.fullmatch(name) for pattern in ignored):
+            continue
+        yield f"unexpected: {name} {stored.shape}, which a {family.model_type} model of {spec.blocks} blocks does not have"
+
+
+def _pattern(template: str, prefix: str) -> re.Pattern[str]:
+    """A template of a tensor's name, with or without the prefix."""
+    base = re.escape(template.removeprefix(prefix)).replace(re.escape("{block}"), r"\d+")
+    return re.compile(f"({re.escape(prefix)})?{base}")
