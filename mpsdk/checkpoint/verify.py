@@ -1,0 +1,83 @@
+"""Full verification of a checkpoint, and advice on what to use instead of a damaged one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from mpsdk.checkpoint.files import Files, read_manifest
+from mpsdk.checkpoint.manifest import Chunk, Manifest
+from mpsdk.checkpoint.names import complete_in, step_of
+from mpsdk.checkpoint.storage import MANIFEST_FILE, Storage
+from mpsdk.errors import CheckpointError
+
+THREADS = 8  # at most; each holds one chunk, and hashing releases the interpreter's lock
+
+
+def find_damage(
+    storage: Storage, directory: str, *, payload: bool = True
+) -> tuple[Manifest | None, list[str]]:
+    """Everything that is wrong with the checkpoint in `directory`, and its manifest where that is sound.
+
+    With `payload=False` the tensors' bytes are not read: manifest, file lengths, headers and tiling are checked.
+    """
+    try:
+        manifest = read_manifest(storage, directory)
+    except CheckpointError as error:
+        return None, [str(error)]
+    known = {MANIFEST_FILE, *manifest.files}
+    problems = [
+        f"{name} does not belong to the checkpoint: move it away"
+        for name in sorted(storage.entries(directory).keys() - known)
+    ]
+    for key, tensor in manifest.tensors.items():
+        problems += tensor.tiling_problems(key)
+    chunks_of: dict[str, list[Chunk]] = {name: [] for name in manifest.files}
+    for tensor in manifest.tensors.values():
+        for chunk in tensor.chunks:
+            chunks_of[chunk.file].append(chunk)
+    files = Files(storage, directory, manifest)
+    readable: list[Chunk] = []
+    for name, chunks in chunks_of.items():
+        try:
+            held = Counter(files.header(name).keys())
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        stated = Counter(chunk.key for chunk in chunks)
+        problems += [f"{name}: {key} is not in the manifest" for key in held - stated]
+        problems += [f"{name}: the manifest names {key} more than once" for key in stated if stated[key] > 1]
+        readable += chunks
+    if payload:
+        problems += _damaged_chunks(files, readable)
+    return manifest, problems
+
+
+def _damaged_chunks(files: Files, chunks: list[Chunk]) -> list[str]:
+    def problem(chunk: Chunk) -> str | None:
+        try:
+            files.load(chunk)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        return [found for found in pool.map(problem, chunks) if found]
+
+
+def advice(storage: Storage, directory: str, *, payload: bool = True) -> str:
+    """Which older checkpoint beside `directory` to use instead; it is verified, its tensors' bytes only with `payload`."""
+    parent = storage.parent(directory)
+    own = step_of(directory[len(parent) :].lstrip("/"))
+    older = [name for name in complete_in(storage, parent) if own is None or (step_of(name) or 0) < own]
+    for name in older:
+        path = storage.join(parent, name)
+        if path != directory and not find_damage(storage, path, payload=payload)[1]:
+            sure = "is intact" if payload else "looks intact (its tensors were not read)"
+            return f"The older checkpoint {storage.address(path)} {sure}: use that one."
+    return (
+        f"No older checkpoint in {storage.address(parent)} is intact."
+        if older
+        else f"There is no older checkpoint in {storage.address(parent)}."
+    )
