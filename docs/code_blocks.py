@@ -31,7 +31,8 @@ def leave_folder(namespace: dict[str, Any]) -> None:
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    pattern="*.md",
+    path=str(ROOT),
+    patterns=["README.md", "docs/*.md"],
     setup=enter_folder,
     teardown=leave_folder,
 ).pytest()
