@@ -61,11 +61,18 @@ class Action(NamedTuple):
         return cls(Kind(kind), int(stage), int(microbatch))
 
     @property
+    def peer_stage(self) -> int:
+        """The stage at the other end of a message. Only for sends and receives."""
+        return self.stage + _OTHER_END[self.kind][1]
+
+    @property
     def other_end(self) -> Action:
-        """The receive of a send, the send of a receive: `SF0.3` and `RF1.3`. Only for those four kinds."""
+        """The receive of a send, the send of a receive: `SF0.3` and `RF1.3`. Only for sends and receives."""
         kind, distance = _OTHER_END[self.kind]
         return Action(kind, self.stage + distance, self.microbatch)
 
+
+FORWARD_ONLY = "forward-only"  # the name of schedules without a backward, for evaluation
 
 Orders = tuple[tuple[Action, ...], ...]
 """Actions of each rank, in the order in which it does them."""
@@ -83,7 +90,8 @@ class Schedule:
     - `lookahead` 0: a receive is complete before the next action begins. Above 0: a receive is only posted,
       up to that many compute actions ahead, and the action that uses it waits for it.
     - Messages of a directed link (from rank a to rank b, activations and gradients together) are received in
-      the order in which they are sent, so that one queue a link is enough. Links don't wait for each other.
+      the order in which they are sent. Where the medium makes a send wait for its receive (NCCL), a link needs
+      one channel for activations and one for gradients, neither waiting for the other nor for another link.
     """
 
     name: str
@@ -98,13 +106,18 @@ class Schedule:
     def stages(self) -> int:
         return len(self.stage_rank)
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are backwards: in every schedule but the one for evaluation."""
+        return self.name != FORWARD_ONLY
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that pipeline rank `rank` owns, in model order."""
         return tuple(stage for stage, owner in enumerate(self.stage_rank) if owner == rank)
 
     def link(self, action: Action) -> tuple[int, int]:
         """The directed link (sending rank, receiving rank) of a send or a receive."""
-        here, there = self.stage_rank[action.stage], self.stage_rank[action.other_end.stage]
+        here, there = self.stage_rank[action.stage], self.stage_rank[action.peer_stage]
         return (here, there) if action.kind in SENDS else (there, here)
 
     @cached_property

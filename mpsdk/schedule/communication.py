@@ -64,7 +64,7 @@ def add_communication(orders: Orders, stage_rank: tuple[int, ...], *, lookahead:
                 if receive in early:
                     early.remove(receive)
                     continue
-                taken = _take(queues[stage_rank[receive.other_end.stage], rank], receive)
+                taken = _take(queues[stage_rank[receive.peer_stage], rank], receive)
                 if not taken:
                     raise ScheduleError(
                         f"rank {rank}: {coming} needs {receive}, but no rank does {receive.other_end} for it"
