@@ -22,7 +22,7 @@ from mpsdk.config import Job
 JOB = Path(__file__).with_suffix(".yaml")
 END_OF_DOCUMENT = 256
 TOLERANCE = 1e-4  # between the run's validation loss and that of transformers
-PROMPT = "KING HENRY.\n"
+PROMPT = "My lord, "
 
 
 def main() -> int:
