@@ -58,7 +58,7 @@ class Launcher(Protocol):
 LAUNCHERS: dict[str, Callable[..., Launcher]] = {"local": LocalLauncher}
 
 
-def get_launcher(launcher: str | Launcher, **options: Any) -> Launcher:  # noqa: ANN401 (its own for each launcher)
+def get_launcher(launcher: str | Launcher, **options: Any) -> Launcher:
     """The launcher of this name, made with `options`; a launcher object is returned as it is.
 
     Raises ConfigError for an unknown name or for options beside an object.

@@ -101,7 +101,7 @@ class Control:
         self._on_disk = [key]
         return values
 
-    def decide(self, key: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 (any JSON value)
+    def decide(self, key: str, make: Callable[[], Any]) -> Any:
         """Rank 0's `make()`, anything that JSON can hold, on every rank.
 
         What `make` raises on rank 0 is raised on all ranks: the same class for mpsdk's errors and Python's
