@@ -178,6 +178,7 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDAr
     return total
 
 
+LOG_2 = 0.6931471805599453
 ATANH = tuple(2.0 / odd for odd in (15, 13, 11, 9, 7, 5, 3, 1))
 
 
@@ -188,4 +189,4 @@ def _logarithm(x: NDArray[np.float64]) -> NDArray[np.float64]:
     mantissa[small] *= 2.0
     exponent = exponent - small
     ratio = (mantissa - 1.0) / (mantissa + 1.0)  # within 0.1716: the series' next term is below 1e-14
-    return exponent * math.log(2.0) + ratio * _polynomial(ATANH, ratio * ratio)
+    return exponent * LOG_2 + ratio * _polynomial(ATANH, ratio * ratio)

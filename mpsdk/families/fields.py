@@ -154,23 +154,22 @@ class Fields:
         if found is not None and found != value:
             self.problem(name, f"{why}; only {value!r} is supported")
 
-    def finish(self, *, exhaustive: bool = False) -> None:
-        """Raise ConfigError if there are problems. `exhaustive`: a field that was not read is one; it would have no effect."""
-        if exhaustive:
-            self.unknown(COMMON)
+    def unread(self, allowed: Iterable[str] = ()) -> list[str]:
+        """The fields that were not read, without those `allowed`."""
+        known = self._known | set(allowed)
+        return [name for name in self._config if name not in known]
+
+    def refuse_unread(self, allowed: Iterable[str] = ()) -> None:
+        """Every field that was not read and is not `allowed` is a problem: it would have no effect."""
+        known = sorted(self._known | set(allowed))
+        for name in self.unread(allowed):
+            close = get_close_matches(name, known, n=1)
+            self.problem(name, "is not a field here" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+    def finish(self) -> None:
+        """Raise ConfigError if there are problems."""
         if self.problems:
             raise ConfigError(self.problems, where="the model's configuration")
-
-    def unknown(self, allowed: Iterable[str]) -> None:
-        """Every field that was not read and is not `allowed` is a problem."""
-        known = self._known | set(allowed)
-        for name in self._config:
-            if name not in known:
-                close = get_close_matches(name, sorted(known), n=1)
-                self.problem(
-                    name,
-                    f"is not a field here; did you mean {close[0]!r}?" if close else "is not a field here",
-                )
 
     def _number(self, name: str, default: float) -> float | None:
         value = self.raw(name)

@@ -52,7 +52,7 @@ def read_rope(fields: Fields, *, default_theta: float, max_positions: int) -> Ro
         if high <= low:
             rope.problem("high_freq_factor", f"must be greater than low_freq_factor = {low:g}")
     if rope.sound(spelling):
-        rope.unknown(SHARED)
+        rope.refuse_unread(SHARED)
     fields.problems.extend(rope.problems)
     return Rotary(theta=theta, scaling=(kind, *numbers.values()) if numbers else None)
 
