@@ -27,7 +27,8 @@ ROWS_COMPARED = 1024  # of a tied pair that a file holds twice
 class HuggingFaceSource:
     """A TensorSource over the safetensors files of a Hugging Face directory. Values come as float32.
 
-    Opening it reads headers only and checks every name and shape; `read` reads no more than the slice asked for.
+    Opening it checks every name and shape by the files' headers (and a tied pair that is stored twice by its values);
+    `read` reads no more than the slice asked for.
 
     Raises:
         CheckpointError: no readable weights, or tensors that are missing, left over, of another shape or of a type that is
@@ -87,7 +88,7 @@ class HuggingFaceSource:
             offset = (row, *(0 for _ in rest))
             shape = (min(ROWS_COMPARED, part.shape[0] - row), *rest)
             first, second = (self.read(name, WEIGHT, offset, shape) for name in (part.name, owner))
-            if not np.array_equal(first, second):
+            if not np.array_equal(first, second, equal_nan=True):
                 return False
         return True
 
