@@ -60,7 +60,7 @@ def export(
 ) -> Path:
     """Write `spec`'s weights from `source` as a Hugging Face directory, complete or not at all.
 
-    Memory: one shard of the model, in `dtype`, and one tensor in float32. A tied tensor is written once.
+    Memory: one shard of the model in `dtype`, and one canonical tensor in float32 and in `dtype`. A tied tensor is written once.
 
     Args:
         source: where the weights come from: a checkpoint, say.
@@ -148,8 +148,8 @@ def _gather(source: TensorSource, tensor: HfTensor, dtype: Dtype) -> NDArray[np.
         offset = (0,) * len(part.shape)
         whole = source.read(part.name, WEIGHT, offset, part.shape)
         with np.errstate(over="ignore"):
-            rounded = whole.astype(DTYPES[dtype])
-        if not np.isfinite(rounded[np.isfinite(whole)]).all():
+            rounded = whole.astype(DTYPES[dtype], copy=False)
+        if rounded is not whole and not np.isfinite(rounded[np.isfinite(whole)]).all():
             raise CheckpointError(
                 f"{part.name} has values too large for {dtype}; export as bfloat16 or float32"
             )
