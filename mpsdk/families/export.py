@@ -60,7 +60,8 @@ def export(
 ) -> Path:
     """Write `spec`'s weights from `source` as a Hugging Face directory, complete or not at all.
 
-    Memory: one shard of the model in `dtype`, and one canonical tensor in float32 and in `dtype`. A tied tensor is written once.
+    Memory: one shard of the model in `dtype`, and one canonical tensor in float32 and in `dtype`. A tied tensor is
+    written once.
 
     Args:
         source: where the weights come from: a checkpoint, say.
