@@ -11,7 +11,15 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mpsdk.checkpoint.names import RANK_FILE_PATTERN, tensor_key_problem
 from mpsdk.checkpoint.tiling import Box, tiling_faults
@@ -96,6 +104,14 @@ class Contents(Record):
     files: dict[FileName, StoredFile]
     scalars: Scalars = {}
 
+    @field_validator("scalars")
+    @classmethod
+    def _finite(cls, scalars: Scalars) -> Scalars:
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                raise ValueError(f"scalar {name!r} is {value}, and only finite numbers can be saved")
+        return scalars
+
     @model_validator(mode="after")
     def _names_and_boxes(self) -> Contents:
         for key, tensor in self.tensors.items():
@@ -106,7 +122,8 @@ class Contents(Record):
                     raise ValueError(f"chunk {chunk.key!r} lies in {chunk.file!r}, which is not in files")
                 if not chunk.box.fits(tensor.shape):
                     raise ValueError(
-                        f"chunk {chunk.key!r} at {chunk.box} is outside the shape {list(tensor.shape)}"
+                        f"chunk {chunk.key!r} of shape {list(chunk.shape)} at {list(chunk.offset)} is outside the shape "
+                        f"{list(tensor.shape)}"
                     )
                 if not re.fullmatch(re.escape(key) + "/[0-9]+", chunk.key):
                     raise ValueError(f"chunk {chunk.key!r} does not belong to tensor {key!r}")
@@ -137,6 +154,13 @@ class Manifest(Meta, Contents):
 
     format: Literal["mpsdk-checkpoint"] = FORMAT
     version: Literal[1] = VERSION
+
+    @model_validator(mode="after")
+    def _owners(self) -> Manifest:
+        for name, owner in self.tied.items():
+            if f"weight/{owner}" not in self.tensors or f"weight/{name}" in self.tensors:
+                raise ValueError(f"{name!r} is tied to {owner!r}: {owner!r} must be stored, and {name!r} not")
+        return self
 
     def to_bytes(self) -> bytes:
         """The file: canonical JSON (sorted keys, no spaces, ASCII), whose first member is the digest of the rest."""
@@ -177,15 +201,15 @@ def _reason(data: bytes, error: ValidationError) -> str:
     version: object = value.get("version")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if version != VERSION:
         return f"its format version is {version!r}; this mpsdk reads version {VERSION}: use the mpsdk that wrote it"
-    return validation_problems(error)
+    return "; ".join(validation_problems(error))
 
 
-def validation_problems(error: ValidationError) -> str:
-    """Pydantic's findings in one line."""
-    return "; ".join(
-        f"{'.'.join(map(str, item['loc'])) or 'contents'}: {item['msg']}"
+def validation_problems(error: ValidationError) -> list[str]:
+    """What pydantic found, one problem a field."""
+    return [
+        f"{'.'.join(map(str, item['loc'])) or 'contents'}: {item['msg'].removeprefix('Value error, ')}"
         for item in error.errors(include_url=False, include_input=False)
-    )
+    ]
 
 
 def canonical_json(value: object) -> bytes:

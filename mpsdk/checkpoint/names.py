@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+from mpsdk.checkpoint.problems import os_errors
 from mpsdk.checkpoint.storage import MANIFEST_FILE, Location, Storage, is_remote, locate
 from mpsdk.errors import CheckpointError
 
@@ -15,7 +16,7 @@ TEMPORARY = ".tmp-"
 LONGEST_TENSOR_NAME = 1024
 
 _STEP = re.compile(r"^step-([0-9]{8,18})(\.replaced)?$")
-_TEMPORARY = re.compile(r"^step-[0-9]{8,18}\.tmp-([A-Za-z0-9_-]{1,64})$")
+_TEMPORARY = re.compile(r"^step-[0-9]{8,18}(?:\.replaced)?\.tmp-([A-Za-z0-9_-]{1,64})$")
 _GENERATION = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 
 
@@ -68,7 +69,9 @@ def find(root: Location) -> list[str]:
     Temporary directories and symbolic links are ignored. A root that does not exist has no checkpoints.
     """
     storage, directory = locate(root)
-    return [storage.address(storage.join(directory, name)) for name in complete_in(storage, directory)]
+    with os_errors(f"the checkpoints under {storage.address(directory)} cannot be listed"):
+        names = complete_in(storage, directory)
+    return [storage.address(storage.join(directory, name)) for name in names]
 
 
 def complete_in(storage: Storage, directory: str) -> list[str]:
@@ -78,9 +81,18 @@ def complete_in(storage: Storage, directory: str) -> list[str]:
         step = step_of(name)
         if step is None or entry.kind != "directory":
             continue
-        if MANIFEST_FILE in storage.entries(storage.join(directory, name)):
+        if storage.entry(storage.join(storage.join(directory, name), MANIFEST_FILE)):
             found.append((step, not is_replaced(name), name))
     return [name for _, _, name in sorted(found, reverse=True)]
+
+
+def newest_in_words(storage: Storage, directory: str) -> str:
+    """What there is to go on with when a save has failed."""
+    try:
+        names = complete_in(storage, directory)
+    except OSError as error:
+        return f"the checkpoints before it cannot be listed: {error}"
+    return f"the newest complete checkpoint is still {names[0]}" if names else "there is no checkpoint yet"
 
 
 def tensor_key_problem(key: str) -> str | None:

@@ -116,7 +116,8 @@ class Checkpoint:
         for chunk in tensor.chunks:
             common = chunk.box.overlap(wanted)
             if common:
-                values[common.slices_in(wanted)] = self._chunk(chunk)[common.slices_in(chunk.box)]
+                held = self._chunk(chunk, keep=common != chunk.box)
+                values[common.slices_in(wanted)] = held[common.slices_in(chunk.box)]
         return values
 
     def verify(self, *, payload: bool = True) -> None:
@@ -153,8 +154,8 @@ class Checkpoint:
             self._tiled.add(key)
         return tensor
 
-    def _chunk(self, chunk: Chunk) -> NDArray[np.float32]:
-        """A verified chunk, read-only."""
+    def _chunk(self, chunk: Chunk, *, keep: bool) -> NDArray[np.float32]:
+        """A verified chunk, read-only. `keep` it for the next slice when this one leaves some of it over."""
         place = (chunk.file, chunk.key)
         with self._lock:
             if place in self._kept:
@@ -164,10 +165,11 @@ class Checkpoint:
             values = self._files.load(chunk)
         except CheckpointError as error:
             raise self._damaged([str(error)]) from None
-        with self._lock:
-            self._kept[place] = values
-            while len(self._kept) > CHUNKS_KEPT:
-                self._kept.popitem(last=False)
+        if keep:
+            with self._lock:
+                self._kept[place] = values
+                while len(self._kept) > CHUNKS_KEPT:
+                    self._kept.popitem(last=False)
         return values
 
     def _damaged(self, problems: list[str]) -> CheckpointError:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection
 
 from mpsdk.checkpoint.files import Files
-from mpsdk.checkpoint.names import complete_in, generation_of, is_replaced, step_of
+from mpsdk.checkpoint.names import REPLACED, complete_in, generation_of, is_replaced, step_of
 from mpsdk.checkpoint.problems import refuse
 from mpsdk.checkpoint.reader import Checkpoint
 from mpsdk.checkpoint.storage import Location, locate
@@ -95,7 +95,7 @@ def remove_leftovers(root: Location, *, generation: int | str | None = None) -> 
             continue
         left = generation_of(name)
         unfinished = left is not None and left != str(generation)
-        superseded = is_replaced(name) and name in complete and complete.index(name) > 0
+        superseded = is_replaced(name) and name.removesuffix(REPLACED) in complete
         if unfinished or superseded:
             storage.remove_directory(storage.join(directory, name))
             removed.append(storage.address(storage.join(directory, name)))

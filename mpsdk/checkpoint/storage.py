@@ -15,8 +15,9 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Literal, Protocol, cast
+
+from mpsdk.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
 COPIES_AT_ONCE = 8
@@ -40,6 +41,8 @@ class Storage(Protocol):
 
     def parent(self, path: str) -> str: ...
 
+    def name(self, path: str) -> str: ...
+
     def address(self, path: str) -> str:
         """What `locate` finds `path` by."""
         ...
@@ -48,7 +51,11 @@ class Storage(Protocol):
         """Names in `directory`; empty when there is no such directory."""
         ...
 
-    def read(self, path: str, start: int, length: int) -> bytes:
+    def entry(self, path: str) -> Entry | None:
+        """What `path` is; None when it is nothing. (Some stores have no empty directories.)"""
+        ...
+
+    def read(self, path: str, start: int, length: int) -> bytes | bytearray:
         """At most `length` bytes from `start`; fewer where the file ends before."""
         ...
 
@@ -77,19 +84,24 @@ def locate(path: Location, *, follow: bool = True) -> tuple[Storage, str]:
     """The storage that `path` lies on, and the absolute path there, symbolic links resolved.
 
     With `follow=False` the last name is kept as it is, for a path that is about to be made.
+    Raises CheckpointError for a path that no storage can have.
     """
     text = os.fspath(path)
-    if "\0" in text:
-        raise ValueError(f"a path cannot contain a NUL character: {text!r}")
+    if not text or "\0" in text:
+        raise CheckpointError(f"{text!r} is not a path that a checkpoint can have")
     if not is_remote(path):
-        local = Path(text.partition("://")[2] if "://" in text else text).expanduser()
+        local = os.path.abspath(os.path.expanduser(text.partition("://")[2] if "://" in text else text))
         if follow:
-            return LocalStorage(), str(local.resolve())
-        absolute = Path(os.path.abspath(local))
-        return LocalStorage(), str(absolute.parent.resolve() / absolute.name)
-    import fsspec  # pyright: ignore[reportMissingTypeStubs]
+            return LocalStorage(), os.path.realpath(local)
+        return LocalStorage(), os.path.join(os.path.realpath(os.path.dirname(local)), os.path.basename(local))
+    from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 
-    system, remote = cast("tuple[RemoteSystem, str]", fsspec.core.url_to_fs(text))  # pyright: ignore[reportUnknownMemberType]
+    try:
+        system, remote = cast("tuple[RemoteSystem, str]", url_to_fs(text))
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{text!r} cannot be reached: {error}") from error
+    if ".." in remote.split("/"):
+        raise CheckpointError(f"{text!r} leads out of itself by '..'")
     return RemoteStorage(system), remote.rstrip("/")
 
 
@@ -102,6 +114,9 @@ class LocalStorage:
     def parent(self, path: str) -> str:
         return os.path.dirname(path)
 
+    def name(self, path: str) -> str:
+        return os.path.basename(path)
+
     def address(self, path: str) -> str:
         return path
 
@@ -110,28 +125,29 @@ class LocalStorage:
         try:
             with os.scandir(directory) as names:
                 for name in names:
-                    status = name.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        found[name.name] = Entry("file", status.st_size)
-                    else:
-                        found[name.name] = Entry("directory" if stat.S_ISDIR(status.st_mode) else "other", 0)
+                    found[name.name] = _entry(name.stat(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return found
 
-    def read(self, path: str, start: int, length: int) -> bytes:
+    def entry(self, path: str) -> Entry | None:
+        try:
+            return _entry(os.lstat(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, path: str, start: int, length: int) -> bytes | bytearray:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
-            length = min(length, max(0, os.fstat(descriptor).st_size - start))
             file.seek(start)
-            data = bytearray(length)
-            view, position = memoryview(data), 0
-            while position < length:  # one read gives at most 2 GiB, and fewer at a signal
-                count = file.readinto(view[position:])
+            data = bytearray(min(length, max(0, os.fstat(descriptor).st_size - start)))
+            position = 0
+            while position < len(data):  # one read gives at most 2 GiB, and fewer at a signal
+                count = file.readinto(memoryview(data)[position:])
                 if not count:
-                    break
+                    return data[:position]
                 position += count
-        return bytes(data) if position == length else bytes(data[:position])
+        return data
 
     @contextlib.contextmanager
     def create(self, path: str) -> Generator[IO[bytes]]:
@@ -151,11 +167,12 @@ class LocalStorage:
             raise
 
     def make_directory(self, path: str) -> None:
-        missing = path
-        while not os.path.isdir(os.path.dirname(missing)):
-            missing = os.path.dirname(missing)
+        parents = [os.path.dirname(path)]
+        while not os.path.isdir(parents[-1]):
+            parents.append(os.path.dirname(parents[-1]))
         os.makedirs(path, exist_ok=True)
-        _sync_directory(os.path.dirname(missing))
+        for parent in parents:
+            _sync_directory(parent)
 
     def move(self, source: str, target: str) -> None:
         _sync_directory(source)
@@ -172,6 +189,12 @@ class LocalStorage:
         shutil.rmtree(path)
 
 
+def _entry(status: os.stat_result) -> Entry:
+    if stat.S_ISREG(status.st_mode):
+        return Entry("file", status.st_size)
+    return Entry("directory" if stat.S_ISDIR(status.st_mode) else "other", 0)
+
+
 def _sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -186,6 +209,7 @@ class RemoteSystem(Protocol):
     def unstrip_protocol(self, name: str) -> str: ...
     def invalidate_cache(self, path: str | None = None) -> None: ...
     def ls(self, path: str, detail: bool = True) -> list[dict[str, Any]]: ...
+    def info(self, path: str) -> dict[str, Any]: ...
     def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes: ...
     def open(self, path: str, mode: str) -> IO[bytes]: ...
     def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
@@ -206,6 +230,9 @@ class RemoteStorage:
     def parent(self, path: str) -> str:
         return path.rpartition("/")[0]
 
+    def name(self, path: str) -> str:
+        return path.rpartition("/")[2]
+
     def address(self, path: str) -> str:
         return self.system.unstrip_protocol(path)
 
@@ -220,13 +247,22 @@ class RemoteStorage:
             path = str(item["name"]).rstrip("/")
             if path == directory.rstrip("/"):  # some stores list a directory's own marker
                 continue
-            is_file = item["type"] == "file"
-            found[path.rpartition("/")[2]] = Entry(
-                "file" if is_file else "directory", int(item["size"] or 0) if is_file else 0
-            )
+            found[path.rpartition("/")[2]] = self._entry(item)
         return found
 
-    def read(self, path: str, start: int, length: int) -> bytes:
+    def entry(self, path: str) -> Entry | None:
+        self.system.invalidate_cache(self.parent(path))
+        try:
+            return self._entry(self.system.info(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _entry(self, item: dict[str, Any]) -> Entry:
+        if item["type"] == "file":
+            return Entry("file", int(item["size"] or 0))
+        return Entry("directory", 0)
+
+    def read(self, path: str, start: int, length: int) -> bytes | bytearray:
         return self.system.cat_file(path, start=start, end=start + length)
 
     @contextlib.contextmanager
