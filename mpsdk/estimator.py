@@ -1,0 +1,361 @@
+"""Estimator: the facade. Which model, how it is spread, how it is trained; then `plan` it, or `fit` it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from mpsdk.backend import Place, limits_of
+from mpsdk.config import Data, Distribution, Job, Training
+from mpsdk.description import ModelDescription
+from mpsdk.errors import ConfigError, Problem
+from mpsdk.families.describe import describe_spec
+from mpsdk.families.read import ReadModel, read_model
+from mpsdk.families.spec import TransformerSpec
+from mpsdk.inputs import Inputs, Preparation, read_inputs, tokenizer_problems
+from mpsdk.launch import Launcher, get_launcher, place_from_environment
+from mpsdk.plan import Plan
+from mpsdk.resolve import resolve
+from mpsdk.resume import chosen_checkpoint
+from mpsdk.run import DATA_CACHE, Background, Run, draw_pictures
+from mpsdk.work_order import JOB_FILE, WorkOrder
+
+if TYPE_CHECKING:
+    from mpsdk.report.callbacks import Callback
+
+Model = str | os.PathLike[str] | Mapping[str, object] | TransformerSpec
+CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Estimator:
+    """A job: a model, its distribution, its training. Arguments are checked at once and never change.
+
+    >>> estimator = Estimator({"model_type": "gpt2", "n_layer": 2}, training={"tokenizer": "bytes"})
+    >>> estimator.plan(world_size=1).world_size
+    1
+
+    Args:
+        model: a directory with a Hugging Face config.json (its weights are where training starts, if it has any); the
+            fields of such a config, with `model_type`; a `TransformerSpec`; a model's name on the Hugging Face hub.
+        entry_point: a training script of your own, instead of a model. Not there yet.
+        framework: "torch" or "tensorflow".
+        distribution: a `Distribution`, a dict, or the path of a file.
+        training: a `Training`, a dict, or the path of a file.
+        launcher: where the workers run: "local", or a launcher object such as `LocalLauncher(processes=4)`. Without effect
+            where a launcher such as torchrun has started this process.
+        output_dir: everything that a run leaves: history, checkpoints, logs, pictures, prepared data.
+        callbacks: `mpsdk.report.callbacks.Callback` objects, told of a run's progress in this process.
+        hyperparameters: arguments of the `entry_point`.
+
+    Raises:
+        ConfigError: lists every problem of the arguments.
+    """
+
+    model: Model
+    framework: str
+    distribution: Distribution
+    training: Training
+    launcher: Launcher
+    output_dir: Path
+    callbacks: tuple[Callback, ...]
+    _read: ReadModel
+    _job: Job | None  # the file that it was made of: what `fit` takes where it isn't told otherwise
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        entry_point: str | None = None,
+        framework: str = "torch",
+        distribution: Distribution | Mapping[str, object] | str | os.PathLike[str] | None = None,
+        training: Training | Mapping[str, object] | str | os.PathLike[str] | None = None,
+        launcher: str | Launcher = "local",
+        output_dir: str | os.PathLike[str] = "runs/default",
+        callbacks: Sequence[Callback] = (),
+        hyperparameters: Mapping[str, object] | None = None,
+    ) -> None:
+        problems = [
+            *_entry_point_problems(model, entry_point, hyperparameters or {}),
+            *_framework_problems(framework),
+            *_callback_problems(callbacks),
+        ]
+        read = None if model is None else _collect(problems, lambda: _read_model(model))
+        spread = _collect(problems, lambda: Distribution.parse(distribution or {}))
+        how = _collect(problems, lambda: Training.parse(training or {}), prefix="training.")
+        where = _collect(problems, lambda: _launcher(launcher))
+        if problems:
+            raise ConfigError(problems, where="the estimator")
+        values = {
+            "model": model,
+            "framework": framework,
+            "distribution": spread,
+            "training": how,
+            "launcher": where,
+            "output_dir": Path(output_dir),
+            "callbacks": tuple(callbacks),
+            "_read": read,
+            "_job": None,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, callbacks: Sequence[Callback] = ()) -> Estimator:
+        """The estimator of a job file, as `mpsdk run` reads it; `fit()` then takes data and `resume` from there too.
+
+        Raises ConfigError listing every problem.
+        """
+        job = Job.from_file(path)
+        launch = job.launcher
+        estimator = cls(
+            job.model,
+            entry_point=job.entry_point,
+            framework=job.framework,
+            distribution=job.distribution,
+            training=job.training,
+            launcher=get_launcher(launch.name, processes=launch.processes, timeout=launch.timeout),
+            output_dir=job.output_dir,
+            callbacks=callbacks,
+        )
+        object.__setattr__(estimator, "_job", job)
+        return estimator
+
+    # -- plan -------------------------------------------------------------------------------------------------------
+
+    def plan(self, world_size: int | None = None) -> Plan:
+        """What the job becomes on `world_size` ranks. Starts no process; for a model family, imports no framework.
+
+        Args:
+            world_size: None: as many as a launcher has started already, or as `launcher` would start.
+
+        Raises:
+            ConfigError: lists every problem of the job on that many ranks.
+        """
+        problems: list[Problem] = []
+        ranks = self._world_size() if world_size is None else world_size
+        plan = _collect(
+            problems,
+            lambda: resolve(
+                self.distribution,
+                self._description,
+                self.training,
+                world_size=ranks,
+                framework=self.framework,
+            ),
+        )
+        problems += tokenizer_problems(self.training, self._model_directory, self._description.vocab_size)
+        if plan is None or problems:
+            raise ConfigError(problems, where=f"the plan for {ranks} ranks")
+        return plan
+
+    def _world_size(self) -> int:
+        place = place_from_environment()
+        return place.world_size if place else self.launcher.world_size(self.distribution.stated_degree)
+
+    @property
+    def _description(self) -> ModelDescription:
+        return describe_spec(self._read.spec)
+
+    @property
+    def _model_directory(self) -> str | None:
+        return None if self._read.directory is None else str(self._read.directory.resolve())
+
+    # -- fit --------------------------------------------------------------------------------------------------------
+
+    def fit(
+        self, train: object = None, validation: object = None, *, resume: str | None = None, wait: bool = True
+    ) -> Run:
+        """Train, and give back what came of it.
+
+        Under a launcher that has started the processes already (RANK and WORLD_SIZE are set), every one of them calls this
+        and works as a rank; nothing is spawned, and rank 0 prepares the data and runs the callbacks.
+
+        Args:
+            train: a .txt or .jsonl file, a directory of them, a Hugging Face dataset, or token ids; or
+                `{"train": ..., "validation": ...}`. None: as the job file says.
+            validation: the same, or a number such as 0.1: that share at the end of the training data is held out.
+            resume: "auto": from the newest checkpoint of this run of which every byte is right, else from the beginning.
+                "never": from the beginning, refused where the run has checkpoints already, since nothing is deleted unasked.
+                A path: from that checkpoint, also another run's; refused where this run has newer ones. None: as the job file
+                says, else "auto".
+            wait: False comes back at once; `run.wait()` waits.
+
+        Raises:
+            ConfigError: lists every problem of the job or of the data's arguments.
+            DataError: the data can't be used.
+            CheckpointError: the checkpoint to resume from is damaged or doesn't fit the model.
+            WorkerError: a worker failed, was killed or hung; the root cause comes first.
+        """
+        job_data = self._job.data if self._job else Data()
+        inputs = read_inputs(
+            job_data.train if train is None else train,
+            validation if validation is not None or train is not None else job_data.validation,
+        )
+        resume = resume or (self._job.resume if self._job else "auto")
+        place = place_from_environment()
+        if place is not None:
+            return self._fit_in_place(place, inputs, resume)
+        order = self._order(inputs, resume)
+        print(order.plan)
+        path = order.save(self.output_dir / JOB_FILE)
+
+        def work(stop: Callable[[], bool]) -> None:
+            self._launch(path, order.plan.world_size, stop)
+
+        if not wait:
+            return Run(self.output_dir, launcher=self.launcher, ending=Background(work))
+        work(lambda: False)
+        return Run(self.output_dir, launcher=self.launcher)
+
+    def _order(self, inputs: Inputs, resume: str) -> WorkOrder:
+        """Everything that can go wrong before a worker starts goes wrong here."""
+        plan = self.plan()
+        read = self._read
+        if isinstance(self.model, (str, os.PathLike)):
+            read = read_model(
+                os.fspath(self.model)
+            )  # the weights of a model on the hub, which `plan` does without
+        directory = None if read.directory is None else str(read.directory.resolve())
+        order = WorkOrder(
+            mode="train",
+            plan=plan,
+            output_dir=str(self.output_dir.resolve()),
+            checkpoints=plan.distribution.checkpoint.directory
+            or str(self.output_dir.resolve() / "checkpoints"),
+            resume=resume,
+            model_directory=directory,
+            pretrained=read.directory is not None and _has_weights(read.directory),
+            hf_config=cast("dict[str, Any]", read.hf_config),
+        )
+        if resume == "auto" or chosen_checkpoint(order) is None:
+            order.initial_weights()
+        preparation = Preparation(
+            self.training, directory, plan.description.vocab_size, self.output_dir / DATA_CACHE
+        )
+        train, validation = preparation.of(inputs)
+        return order.model_copy(update={"train": train, "validation": validation})
+
+    def _launch(self, path: Path, world_size: int, stop: Callable[[], bool]) -> None:
+        from mpsdk.report.reporter import Reporter
+
+        reporter = Reporter(self.output_dir, self.callbacks)
+
+        def on_event(event: dict[str, Any]) -> object:
+            answer = reporter.handle(event)
+            return "stop" if stop() else answer
+
+        try:
+            self.launcher.run(path, world_size=world_size, run_directory=self.output_dir, on_event=on_event)
+        finally:
+            reporter.close()
+        draw_pictures(Run(self.output_dir))
+
+    def _fit_in_place(self, place: Place, inputs: Inputs, resume: str) -> Run:
+        from mpsdk.in_place import work_in_place
+        from mpsdk.report.reporter import Reporter
+
+        reporter = Reporter(self.output_dir, self.callbacks) if place.rank == 0 else None
+
+        def order() -> WorkOrder:
+            order = self._order(inputs, resume)
+            print(order.plan)
+            order.save(self.output_dir / JOB_FILE)
+            return order
+
+        def emit(event: dict[str, Any]) -> object:
+            return reporter.handle(event) if reporter else None
+
+        try:
+            work_in_place(place, str(self.output_dir), order, emit)
+        finally:
+            if reporter:
+                reporter.close()
+        run = Run(self.output_dir, launcher=self.launcher)
+        if place.rank == 0:
+            draw_pictures(run)
+        return run
+
+
+def _has_weights(directory: Path) -> bool:
+    from mpsdk.families.hf import has_weights
+
+    return has_weights(directory)
+
+
+def _collect(problems: list[Problem], make: Callable[[], T], *, prefix: str = "") -> T | None:
+    """What `make` gives; None, with its problems added, where it raises ConfigError."""
+    try:
+        return make()
+    except ConfigError as error:
+        own = prefix.removesuffix(".")
+        problems += [
+            Problem(p.field if p.field == own else prefix + p.field, p.got, p.remedy) for p in error.problems
+        ]
+        return None
+
+
+def _read_model(model: object) -> ReadModel:
+    """The family, configuration and spec of `model`, without its weights."""
+    families = "give a Hugging Face directory or configuration of a known family, or a TransformerSpec"
+    if isinstance(model, os.PathLike):
+        model = os.fspath(cast("os.PathLike[str]", model))
+    if isinstance(model, str) and CALLABLE.fullmatch(model) and not Path(model).exists():
+        raise _refusal("model", model, f"an importable callable can't be trained yet; {families}")
+    if not isinstance(model, (str, Mapping, TransformerSpec)):
+        kind = type(model).__name__
+        raise _refusal("model", kind, f"a {kind} can't be trained yet; {families}")
+    read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
+    try:
+        return read._replace(hf_config=json.loads(json.dumps(read.hf_config)))
+    except (TypeError, ValueError) as error:
+        raise _refusal("model", "a configuration", f"must be plain JSON data: {error}") from None
+
+
+def _launcher(launcher: object) -> Launcher:
+    if not isinstance(launcher, (str, Launcher)):
+        remedy = 'must be the name of a launcher, such as "local", or an object with world_size() and run()'
+        raise _refusal("launcher", launcher, remedy)
+    return get_launcher(launcher)
+
+
+def _refusal(field: str, got: object, remedy: str) -> ConfigError:
+    return ConfigError([Problem(field, got, remedy)])
+
+
+def _entry_point_problems(
+    model: object, entry_point: object, hyperparameters: Mapping[str, object]
+) -> list[Problem]:
+    problems: list[Problem] = []
+    if model is None and entry_point is None:
+        problems.append(Problem("model", None, "is missing; give a model"))
+    if entry_point is not None:
+        remedy = "training scripts of your own can't be run yet; give a model instead"
+        problems.append(Problem("entry_point", entry_point, remedy))
+    if hyperparameters and entry_point is None:
+        remedy = "are arguments of an entry_point; a model's training is described by training"
+        problems.append(Problem("hyperparameters", sorted(hyperparameters), remedy))
+    return problems
+
+
+def _framework_problems(framework: str) -> list[Problem]:
+    if limits_of(framework) is not None:
+        return []
+    return [Problem("framework", framework, "no backend of that name is installed")]
+
+
+def _callback_problems(callbacks: Sequence[object]) -> list[Problem]:
+    from mpsdk.report.callbacks import Callback
+
+    remedy = "must be an object of a class derived from mpsdk.report.callbacks.Callback"
+    return [
+        Problem(f"callbacks.{number}", callback, remedy)
+        for number, callback in enumerate(callbacks)
+        if not isinstance(callback, Callback)
+    ]

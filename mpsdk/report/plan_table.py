@@ -1,0 +1,113 @@
+"""A plan as text: what is spread over how many ranks, in which order, and how much each stage holds."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mpsdk.cost import partition_costs
+from mpsdk.report.display import quantity
+from mpsdk.schedule import Costs, simulate
+
+if TYPE_CHECKING:
+    from mpsdk.plan import Plan
+
+WIDTH = 100
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan for a person, without colours, at most `WIDTH` columns wide."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in _facts(plan):
+        facts.add_row(name, Text(value))
+    stages = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    for name in ("stage", "on pp rank", "blocks", "parameters", "of them a tp rank's", "compute"):
+        stages.add_column(name, justify="right")
+    for row in _stages(plan):
+        stages.add_row(*row)
+    text = io.StringIO()
+    console = Console(file=text, width=WIDTH, color_system=None, legacy_windows=False)
+    console.print(facts)
+    console.print()
+    console.print(stages)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    distribution, training = plan.distribution, plan.training
+    model, degrees = plan.description, plan.degrees
+    tokens = f"{quantity(model.parameters)} parameters in {_count(len(model.blocks), 'block')}"
+    yield "model", f"{model.name}, {tokens}"
+    spread = " · ".join(f"{axis} {degree}" for axis, degree in degrees._asdict().items())
+    yield "ranks", f"{plan.world_size} = {spread}, placed {plan.placement}; {plan.framework}"
+    yield (
+        "global batch",
+        f"{training.global_batch} sequences of {training.sequence_length} tokens = microbatch size {plan.microbatch_size}"
+        f" × {_count(plan.microbatches, 'microbatch', 'es')} × {_count(plan.data_size, 'data rank')}"
+        f" × accumulation {training.accumulation}",
+    )
+    yield "schedule", _schedule(plan)
+    yield "tokens a step", f"{plan.tokens_per_step:,} for {_count(training.steps, 'step')}"
+    if plan.data_size > 1 and degrees.sdp > 1:
+        sharding = distribution.sharded_data_parallel
+        yield "sharding", f"{sharding.level} over {degrees.sdp} ranks, {sharding.prefetch} prefetched"
+    if degrees.tp > 1:
+        sequence = "with" if distribution.tensor_parallel.sequence_parallel else "without"
+        yield "tensor parallel", f"{sequence} sequence parallelism"
+    recompute = distribution.activation_checkpointing
+    kept = f", keeping {' and '.join(recompute.keep)}" if recompute.mode == "selective" else ""
+    offload = ", inputs of blocks in CPU memory" if recompute.offload else ""
+    yield "recompute", f"{recompute.mode}{kept}{offload}"
+    yield "precision", f"{distribution.precision.mode}{', compiled' if distribution.compile.enabled else ''}"
+    if model.vocab_size:
+        padding = (
+            f", padded to {plan.padded_vocab_size}" if plan.padded_vocab_size != model.vocab_size else ""
+        )
+        yield "vocabulary", f"{model.vocab_size}{padding}"
+    yield "plan", plan.hash
+
+
+def _schedule(plan: Plan) -> str:
+    pipeline = plan.distribution.pipeline
+    microbatches = _count(plan.microbatches, "microbatch", "es")
+    if plan.degrees.pp == 1:
+        return f"{microbatches}, one after another"
+    virtual = f", {pipeline.virtual_stages} virtual stages a rank" if pipeline.virtual_stages > 1 else ""
+    compute = _stage_compute(plan)
+    backward = [2 * cost for cost in compute]
+    costs = Costs(forward=compute, backward=backward, backward_input=compute, backward_weight=compute)
+    bubble = simulate(plan.schedule, costs).bubble_fraction
+    return f"{pipeline.schedule}{virtual}, {microbatches}, bubble {bubble:.1%} (messages left out)"
+
+
+def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
+    compute = _stage_compute(plan)
+    for stage, (start, stop) in enumerate(plan.stages):
+        tensors = plan.stage_tensors(stage, 0)
+        yield (
+            str(stage),
+            str(plan.schedule.stage_rank[stage]),
+            f"{start}-{stop - 1}" if stop - start > 1 else str(start),
+            f"{sum(tensor.tensor.elements for tensor in tensors):,}",
+            f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
+            f"{compute[stage] / sum(compute):.1%}",
+        )
+
+
+def _stage_compute(plan: Plan) -> list[float]:
+    """Forward FLOPs of a token in each stage."""
+    blocks, embedding, head = partition_costs(plan.description, plan.training.sequence_length)
+    compute = [sum(block.compute for block in blocks[start:stop]) for start, stop in plan.stages]
+    compute[0] += embedding.compute
+    compute[-1] += head.compute
+    return compute
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

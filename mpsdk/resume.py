@@ -1,0 +1,102 @@
+"""Where a run starts: at its first step, or at a checkpoint that fits its model and optimizer.
+
+A checkpoint directory holds one line of training. So `"never"` refuses one that already has checkpoints, and a named
+checkpoint refuses one that has newer ones: what a later `"auto"` would find must be what this run wrote. Nothing is
+removed for the user.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+from mpsdk.backend import WEIGHT
+from mpsdk.checkpoint import Checkpoint, find, latest_verified, step_directory
+from mpsdk.checkpoint.names import step_of
+from mpsdk.errors import CheckpointError, ConfigError, Problem
+from mpsdk.plan import Plan
+from mpsdk.work_order import WorkOrder
+
+AUTO = "auto"
+NEVER = "never"
+
+_log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """Where the loop begins. `step` and `samples_consumed` count what is done already."""
+
+    checkpoint: str | None = None
+    step: int = 0
+    samples_consumed: int = 0
+    own: bool = False  # the checkpoint is one of this run's, not another's
+
+
+def find_start(order: WorkOrder) -> Start:
+    """Where `order` starts, decided by one rank for all; "auto" reads and verifies the newest checkpoint in full.
+
+    Raises:
+        ConfigError: the checkpoint directory holds another line of training.
+        CheckpointError: the checkpoint is damaged or doesn't fit the plan, or all of this run's are damaged.
+    """
+    checkpoint = chosen_checkpoint(order)
+    if order.resume == AUTO:
+        checkpoint = latest_verified(order.checkpoints, _log.warning)
+        if checkpoint is not None:
+            check_fits(checkpoint, order.plan)
+    if checkpoint is None:
+        return Start()
+    here = os.path.realpath(step_directory(order.checkpoints, checkpoint.step))
+    own = os.path.realpath(checkpoint.path) == here
+    return Start(checkpoint.path, checkpoint.step, checkpoint.samples_consumed, own)
+
+
+def chosen_checkpoint(order: WorkOrder) -> Checkpoint | None:
+    """The checkpoint that `order.resume` names, checked as far as that is cheap. None for "auto" and "never"."""
+    if order.resume == AUTO:
+        return None
+    existing = find(order.checkpoints)
+    newest = max((step_of(path.rstrip("/").rpartition("/")[2]) or 0 for path in existing), default=-1)
+    if order.resume == NEVER:
+        if existing:
+            raise _occupied(order, f"holds checkpoints up to step {newest}")
+        return None
+    checkpoint = Checkpoint.open(order.resume)
+    check_fits(checkpoint, order.plan)
+    if order.mode == "train" and newest > checkpoint.step:
+        raise _occupied(order, f"holds checkpoints up to step {newest}, newer than step {checkpoint.step}")
+    return checkpoint
+
+
+def check_fits(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raises CheckpointError, listing every difference, when the checkpoint is not one of the plan's model."""
+    problems = list(_differences(checkpoint, plan))
+    if problems:
+        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this run:\n{lines}")
+
+
+def _differences(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
+    wanted = {tensor.name: tensor.shape for tensor in plan.description.tensors() if tensor.tied_to is None}
+    found = checkpoint.shapes(WEIGHT)
+    for name in sorted(wanted.keys() - found.keys()):
+        yield f"{name} {list(wanted[name])} is missing"
+    for name in sorted(found.keys() - wanted.keys()):
+        yield f"{name} {list(found[name])} is no tensor of the model"
+    for name in sorted(wanted.keys() & found.keys()):
+        if found[name] != wanted[name]:
+            yield f"{name} has shape {list(found[name])}, and the model's has {list(wanted[name])}"
+    training = cast("dict[str, Any]", checkpoint.plan.get("training") or {})
+    optimizer = training.get("optimizer")
+    if checkpoint.slots - {WEIGHT} and optimizer not in (None, plan.training.optimizer):
+        yield f"it holds the state of optimizer {optimizer!r}, and training.optimizer is {plan.training.optimizer!r}"
+
+
+def _occupied(order: WorkOrder, what: str) -> ConfigError:
+    remedy = (
+        f"{order.checkpoints} {what}; choose another output_dir, remove that directory, "
+        f'or go on from there with resume="auto"'
+    )
+    return ConfigError([Problem("resume", order.resume, remedy)], where="the run")

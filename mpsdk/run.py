@@ -1,0 +1,230 @@
+"""Run: what came of a job, read from its output directory, and what can be done with it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from mpsdk.checkpoint import Checkpoint, find
+from mpsdk.errors import CheckpointError, ConfigError, Problem
+from mpsdk.inputs import Preparation
+from mpsdk.launch import Launcher, LocalLauncher, place_from_environment
+from mpsdk.report.history import History, Row
+from mpsdk.work_order import HISTORY_FILE, JOB_FILE, WorkOrder
+
+if TYPE_CHECKING:
+    from mpsdk.plan import Plan
+
+EVALUATION_FILE = "evaluation.json"
+DATA_CACHE = "data"
+PICTURES = "pictures"
+
+
+class Evaluation(TypedDict):
+    """`loss` in nats a token, the `tokens` it was taken over, and `perplexity`, its exponential."""
+
+    loss: float
+    tokens: int
+    perplexity: float
+
+
+class Run:
+    """A run, finished or under way. Made by `Estimator.fit`, or from what it left by `Run.load`.
+
+    Args:
+        output_dir: where the run keeps everything.
+        launcher: what `evaluate` starts its workers with.
+        ending: where the run's work happens while `fit(wait=False)` has come back already.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, launcher: Launcher | None = None, ending: Background | None = None
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self._launcher = launcher or LocalLauncher()
+        self._ending = ending
+
+    @classmethod
+    def load(cls, output_dir: str | Path) -> Run:
+        """The run that was made in `output_dir`. Raises ConfigError when there is none."""
+        if not Path(output_dir, JOB_FILE).is_file():
+            remedy = f"no run has been made there: it has no {JOB_FILE}"
+            raise ConfigError([Problem("output_dir", str(output_dir), remedy)], where="the run")
+        return cls(output_dir)
+
+    @cached_property
+    def _order(self) -> WorkOrder:
+        return WorkOrder.load(self.output_dir / JOB_FILE)
+
+    @property
+    def plan(self) -> Plan:
+        return self._order.plan
+
+    @property
+    def history(self) -> list[Row]:
+        """One row a logged step: `step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds,
+        peak_memory_bytes`. Between them, one row an evaluation: `step, validation_loss`."""
+        return History.load(self.output_dir / HISTORY_FILE)
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """The path of the newest complete checkpoint; None before the first."""
+        return next(iter(find(self._order.checkpoints)), None)
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures drawn when the run ended."""
+        return sorted(Path(self.output_dir, PICTURES).glob("*.*"))
+
+    def wait(self) -> Run:
+        """Return when the run has ended; raises the error that ended it. Ctrl-C asks the run to stop, with a checkpoint."""
+        if self._ending is not None:
+            self._ending.join()
+        return self
+
+    def export(
+        self,
+        out_dir: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        max_shard_bytes: int = 2 << 30,
+    ) -> Path:
+        """Write the newest checkpoint as a directory that `transformers.AutoModel*.from_pretrained` loads.
+
+        It holds the configuration that the model began with, the weights, and the files of the tokenizer. The tokenizer
+        "bytes" has no files: its ids are the bytes of the UTF-8 text, and `eos_token_id` is 256 unless the configuration
+        said otherwise.
+
+        Args:
+            out_dir: the directory to make; it must not exist, or be empty.
+            dtype: what to round the weights to.
+            max_shard_bytes: above this, the weights go to several files.
+
+        Raises:
+            ConfigError: `out_dir` is not empty, or the model belongs to no family.
+            CheckpointError: there is no checkpoint, or it is damaged.
+        """
+        from mpsdk.families.hf import export
+
+        spec = self.plan.description.spec
+        if spec is None:
+            remedy = "belongs to no family, and has no Hugging Face form"
+            raise ConfigError([Problem("model", self.plan.description.name, remedy)], where="the export")
+        hf_config: dict[str, Any] = dict(self._order.hf_config)
+        tokenizer = self.plan.training.tokenizer
+        if tokenizer == "bytes":
+            hf_config = {"eos_token_id": 256, **hf_config}
+        named = {"auto": self._order.model_directory, "bytes": None}.get(tokenizer, tokenizer)
+        directory = Path(named) if named else None
+        return export(
+            Checkpoint.open(self._newest()),
+            spec,
+            out_dir,
+            hf_config=hf_config,
+            tokenizer_dir=directory.parent if directory and directory.is_file() else directory,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    def evaluate(self, data: object) -> Evaluation:
+        """The loss of the newest checkpoint on `data`, a source as `fit` takes it, computed with the run's own plan.
+
+        Raises CheckpointError when there is no checkpoint, ConfigError or DataError for the data, WorkerError when a
+        worker fails.
+        """
+        place = place_from_environment()
+        if place is not None:
+            from mpsdk.in_place import work_in_place
+
+            work = work_in_place(place, str(self.output_dir), lambda: self._evaluation_of(data), _no_answer)
+            assert work.evaluation is not None
+            return _evaluation(*work.evaluation)
+        heard: list[dict[str, Any]] = []
+        order = self._evaluation_of(data)
+        self._launcher.run(
+            order.save(self.output_dir / EVALUATION_FILE),
+            world_size=order.plan.world_size,
+            run_directory=self.output_dir,
+            on_event=heard.append,
+        )
+        (event,) = (event for event in heard if event["event"] == "evaluate")
+        return _evaluation(event["loss"], event["tokens"])
+
+    def _evaluation_of(self, data: object) -> WorkOrder:
+        order = self._order
+        newest = self._newest()
+        description = order.plan.description
+        preparation = Preparation(
+            order.plan.training, order.model_directory, description.vocab_size, self.output_dir / DATA_CACHE
+        )
+        changes = {
+            "mode": "evaluate",
+            "resume": newest,
+            "train": None,
+            "validation": preparation.of_one(data),
+        }
+        return order.model_copy(update=changes)
+
+    def _newest(self) -> str:
+        newest = self.latest_checkpoint
+        if newest is None:
+            raise CheckpointError(
+                f"there is no checkpoint in {self._order.checkpoints} yet; let the run end first"
+            )
+        return newest
+
+
+class Background:
+    """A run's work on a thread of its own. A program that comes to its end meanwhile waits for it.
+
+    Args:
+        work: the work; told what to ask whether it should stop.
+    """
+
+    def __init__(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._do, args=(work,), name="mpsdk run")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Return when the work is done; raises the error that ended it. On Ctrl-C the work is asked to stop."""
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            self._stop.set()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _do(self, work: Callable[[Callable[[], bool]], None]) -> None:
+        try:
+            work(self._stop.is_set)
+        except BaseException as error:
+            self._error = error
+
+
+def draw_pictures(run: Run) -> None:
+    """The loss over the run, as PNG and SVG in the run's `pictures`."""
+    from mpsdk.report.pictures import loss_curve
+
+    folder = run.output_dir / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.history:
+        loss_curve(run.history, folder / "loss.png", title=run.plan.description.name)
+
+
+def _evaluation(loss: float, tokens: int) -> Evaluation:
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    return Evaluation(loss=loss, tokens=tokens, perplexity=perplexity)
+
+
+def _no_answer(event: dict[str, Any]) -> None:
+    """Takes the events of an evaluation, whose one result every rank has itself."""

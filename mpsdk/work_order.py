@@ -1,0 +1,85 @@
+"""WorkOrder: what the facade hands to the workers, as one JSON file in the run's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from mpsdk.backend import TensorSource
+from mpsdk.data.dataset import Dataset, Part
+from mpsdk.errors import MpsdkError
+from mpsdk.families.registry import family_of
+from mpsdk.initialise import RandomSource
+from mpsdk.plan import Plan
+
+JOB_FILE = "job.json"
+EVENTS_FILE = "events.jsonl"
+HISTORY_FILE = "history.jsonl"
+
+
+class PreparedData(BaseModel):
+    """A prepared dataset on disk, and which part of it is meant. Every rank opens the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str
+    part: Part = "train"
+    validation_fraction: float = 0.0
+
+    def open(self, sequence_length: int) -> Dataset:
+        return Dataset.open(
+            self.directory, sequence_length, part=self.part, validation_fraction=self.validation_fraction
+        )
+
+
+class WorkOrder(BaseModel):
+    """Everything that a worker needs besides its place: plain data, equal on all ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    mode: Literal["train", "evaluate"]
+    plan: Plan
+    output_dir: str
+    checkpoints: str  # the directory that holds this run's checkpoints
+    resume: str  # "auto", "never", or the path of a checkpoint; evaluating always names one
+    model_directory: str | None = (
+        None  # a Hugging Face directory: its tokenizer, and its weights if it has any
+    )
+    pretrained: bool = False  # a fresh run starts from the weights in model_directory
+    hf_config: dict[str, JsonValue] = {}  # what the model's configuration said, for the export
+    train: PreparedData | None = None
+    validation: PreparedData | None = None
+
+    def initial_weights(self) -> TensorSource:
+        """Where a run gets its weights from that starts without a checkpoint."""
+        description = self.plan.description
+        if not self.pretrained:
+            return RandomSource(description, self.plan.training.seed)
+        from mpsdk.families.hf import HuggingFaceSource
+
+        assert self.model_directory is not None and description.spec is not None
+        return HuggingFaceSource(self.model_directory, family_of(description.spec.family), description.spec)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file whole or not at all: a run that is looked at meanwhile finds the old one or the new."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_text(json.dumps(self.model_dump(mode="json"), indent=1), encoding="utf-8")
+        os.replace(partial, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WorkOrder:
+        """Raises MpsdkError when the file is missing or was written by another version."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MpsdkError(f"{path} can't be read: {error}") from error
+        except ValidationError as error:
+            raise MpsdkError(f"{path} is no job of this version of mpsdk: {error}") from None
