@@ -27,9 +27,9 @@ def shared(session: nox.Session, *extras: str) -> str:
     """The Python of the shared environment, with mpsdk and `extras` installed in it. Made at the first call."""
     python = SHARED.resolve() / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
-        session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
+        session.run(sys.executable, "-m", "venv", str(SHARED))
     project = f".[{','.join(extras)}]"
-    session.run(str(python), "-m", "pip", "install", "-q", *PINNED, "-e", project, external=True)
+    session.run(str(python), "-m", "pip", "install", "-q", *PINNED, "-e", project)
     return str(python)
 
 
@@ -50,58 +50,58 @@ def core(session: nox.Session) -> None:
     session.run("pytest", "tests/core", *workers, "-m", "not long and not hf", *session.posargs, env=QUIET)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Pyright: strict in the core, standard elsewhere."""
     python = shared(session, "torch", "hf", "types")
-    session.run(python, "-m", "pyright", "--pythonpath", python, *session.posargs, external=True)
+    session.run(python, "-m", "pyright", "-p", "pyproject.toml", "--pythonpath", python, *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def torch(session: nox.Session) -> None:
     """The PyTorch backend, the launcher with real workers, and the core's meeting with transformers."""
     python = shared(session, "torch", "hf", "test")
     run = (python, "-m", "pytest")
-    session.run(*run, "tests/torch", "tests/launch", *session.posargs, external=True, env=QUIET)
-    session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, external=True, env=QUIET)
+    session.run(*run, "tests/torch", "tests/launch", *session.posargs, env=QUIET)
+    session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, env=QUIET)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def long(session: nox.Session) -> None:
     """The tests marked `long`, everywhere."""
     python = shared(session, "torch", "hf", "test")
-    session.run(python, "-m", "pytest", "-m", "long", *session.posargs, external=True, env=QUIET)
+    session.run(python, "-m", "pytest", "-m", "long", *session.posargs, env=QUIET)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run the code in it."""
     python = shared(session, "torch", "hf", "docs")
-    session.run(python, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "docs/_build", external=True)
+    session.run(python, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
     blocks = ("-p", "docs.code_blocks", "docs", "README.md")
-    session.run(python, "-m", "pytest", *blocks, *session.posargs, external=True, env=QUIET)
+    session.run(python, "-m", "pytest", *blocks, *session.posargs, env=QUIET)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def quickstart(session: nox.Session) -> None:
     """The main job: train GPT-2 as 2 pipeline stages x 2 tensor parallel ranks, export it, load it in transformers."""
     python = shared(session, "torch", "hf")
-    session.run(python, "examples/quickstart.py", *session.posargs, external=True, env=QUIET)
+    session.run(python, "examples/quickstart.py", *session.posargs, env=QUIET)
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def tf(session: nox.Session) -> None:
     """The TensorFlow backend. Nothing yet."""
     session.skip("the TensorFlow backend does not exist yet: nothing was tested")
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def parity(session: nox.Session) -> None:
     """Both frameworks against each other. Nothing yet."""
     session.skip("there is one backend so far and nothing to compare it with: nothing was tested")
 
 
-@nox.session(default=False)
+@nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Measurements. Nothing yet."""
     session.skip("there are no benchmarks yet: nothing was measured")
