@@ -114,13 +114,15 @@ def _check_work(schedule: Schedule) -> None:
                     raise ScheduleError(f"rank {rank}: {action} comes before {missing}, which it needs")
             done[at] |= bits
     for stage, todo in enumerate(needs):
-        whole = sum(_BITS[kind] for kind in todo if kind is not Kind.BACKWARD)
+        parts = [kind for kind in todo if kind is not Kind.BACKWARD]
+        whole = sum(_BITS[kind] for kind in parts)
         for microbatch in range(microbatches):
             got = done[stage * microbatches + microbatch]
             if got != whole:
-                missing = [str(Action(kind, stage, microbatch)) for kind in todo if not got & _BITS[kind]]
-                rank = schedule.stage_rank[stage]
-                raise ScheduleError(f"rank {rank}: {', '.join(missing) or 'a part of a backward'} is missing")
+                missing = (str(Action(kind, stage, microbatch)) for kind in parts if not got & _BITS[kind])
+                raise ScheduleError(
+                    f"rank {schedule.stage_rank[stage]}: nowhere does {', '.join(missing)} (B is I and W in one)"
+                )
 
 
 def _check_links(schedule: Schedule) -> None:
