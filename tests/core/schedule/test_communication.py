@@ -41,7 +41,7 @@ def test_sends_follow_their_action_and_receives_come_as_early_as_asked(schedule)
 def test_stages_of_one_rank_exchange_no_messages():
     """At the tip of the V, stages 1 and 2 share a rank."""
     assert generate("zb-v", 2, 1, 2).actions[1] == parse(
-        "RF1.0 F1.0 F2.0 SF2.0 RB2.0 I2.0 SB2.0 W2.0 I1.0 SB1.0 W1.0"
+        "RF1.0 F1.0 F2.0 SF2.0 RB2.0 I2.0 W2.0 I1.0 SB1.0 W1.0"
     )
 
 

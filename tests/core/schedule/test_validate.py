@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mpsdk.errors import ScheduleError
@@ -99,20 +99,24 @@ def test_receives_ahead_of_their_use_deadlock_only_if_they_wait():
         validate(replace(schedule, lookahead=0))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(schedules(degree=st.integers(2, 4)), st.integers(0, 2**32))
 def test_what_is_accepted_runs(schedule, seed):
-    """Schedules with an action moved: either the validator says what is wrong, or ranks with random delays manage."""
+    """With neighbours swapped here and there, either the validator says what is wrong, or late ranks manage all the same."""
     random = Random(seed)
     rows = [list(row) for row in schedule.actions]
-    row = random.choice(rows)
-    row.insert(random.randrange(len(row)), row.pop(random.randrange(len(row))))
-    moved = replace(schedule, actions=tuple(map(tuple, rows)))
+    for _ in range(random.randint(1, 4)):
+        row = random.choice(rows)
+        at = random.randrange(len(row) - 1)
+        row[at : at + 2] = row[at + 1], row[at]
+    swapped = replace(schedule, actions=tuple(map(tuple, rows)))
     try:
-        validate(moved)
+        validate(swapped)
     except ScheduleError:
-        assume(False)
-    toy = Toy(moved, random, room=random.choice([None, 1]))
+        event("refused")
+        return
+    event("accepted")
+    toy = Toy(swapped, random, room=random.choice([None, 1]))
     toy.run()
     toy.check()
 
