@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.backend import IGNORED_LABEL
@@ -14,6 +14,7 @@ from tests.core.data.samples import dataset_of_samples
 small = st.integers(1, 3)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), small, small, small, small, st.integers(0, 200))
 def test_the_ranks_of_any_layout_together_hold_the_global_batch(
     samples, accumulation, microbatches, microbatch_size, data_size, consumed
@@ -43,6 +44,7 @@ def test_the_ranks_of_any_layout_together_hold_the_global_batch(
     assert (rows[:, 0] // 2).tolist() == expected.tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), small, small, small, st.integers(1, 5))
 def test_evaluation_covers_each_sample_exactly_once_in_equally_many_batches(
     samples, accumulation, microbatches, microbatch_size, data_size

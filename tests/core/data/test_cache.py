@@ -106,6 +106,16 @@ def test_a_place_that_cannot_be_written_is_named(corpus, tmp_path):
         prepare_here(corpus, tmp_path)
 
 
+def test_a_dataset_that_cannot_be_committed_is_not_one(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space left on device"):
+        patch.setattr(cache.Path, "rename", full)
+        prepare_here(corpus, tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_of_two_preparers_the_first_to_finish_wins(corpus, tmp_path):
     class Overtaken(BytesTokenizer):
         def encode_many(self, texts):

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.data import BytesTokenizer, Dataset, prepare, split_validation, unigram_entropy
@@ -25,6 +25,7 @@ def prepared(tmp_path):
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.data())
 def test_labels_are_the_next_tokens(samples, sequence_length, data):
     dataset = dataset_of_samples(samples, sequence_length)
@@ -35,6 +36,7 @@ def test_labels_are_the_next_tokens(samples, sequence_length, data):
     assert np.array_equal(rows["labels"], expected + 1)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 300), st.floats(0.001, 0.999))
 def test_the_parts_of_a_split_are_the_whole_and_share_no_label(samples, fraction):
     dataset = dataset_of_samples(samples, sequence_length=3)

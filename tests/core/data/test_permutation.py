@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.data.permutation import LONGEST, Permutation
@@ -51,12 +51,14 @@ def test_the_reference_draws_the_published_numbers():
     assert [splitmix(1234567, draw) for draw in (1, 2, 3)] == published
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.binary(max_size=8))
 def test_every_index_comes_exactly_once(length, key):
     order = Permutation(length, key)(np.arange(length))
     assert np.array_equal(np.sort(order), np.arange(length))
 
 
+@settings(deadline=None)
 @given(st.integers(1, LONGEST), st.binary(max_size=8), st.data())
 def test_it_equals_a_plain_python_reference_up_to_2_to_the_62(length, key, data):
     indices = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=4))
@@ -64,6 +66,7 @@ def test_it_equals_a_plain_python_reference_up_to_2_to_the_62(length, key, data)
     assert images.tolist() == [reference(index, length, key) for index in indices]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**12), st.binary(max_size=8), st.data())
 def test_an_index_has_the_same_image_alone_and_among_others(length, key, data):
     indices = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=20)), dtype=np.int64)

@@ -7,10 +7,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.data import BytesTokenizer, pieces, prepare
+from mpsdk.data.faults import Faults
 from mpsdk.data.sources import open_source
 from mpsdk.errors import DataError
 from tests.core.data.samples import SHAKESPEARE, tokens_of
@@ -162,6 +163,16 @@ def test_unreadable_files_are_listed_together(tmp_path):
         read(tmp_path, tmp_path)
 
 
+def test_a_file_that_goes_while_it_is_read_is_noted(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    source = open_source(tmp_path, vocab_size=257)
+    (tmp_path / "a.txt").unlink()
+    faults = Faults("here")
+    assert list(source.pieces(faults)) == []
+    with pytest.raises(DataError, match=r"a\.txt: can't be read"):
+        faults.raise_if_any()
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -207,6 +218,7 @@ def test_a_path_of_no_known_kind_is_refused(tmp_path):
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab \n\tö", max_size=60), max_size=8), st.integers(1, 40))
 def test_a_document_is_cut_alike_however_it_is_handed_over(portions, limit):
     text = "".join(portions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.data import SampleStream
@@ -22,12 +22,14 @@ def divisors(number):
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+@settings(deadline=None)
 @given(streams, st.integers(0, 5))
 def test_each_epoch_is_a_permutation_of_the_dataset(stream, epoch):
     order = stream.indices(epoch * stream.length, stream.length)
     assert sorted(order.tolist()) == list(range(stream.length))
 
 
+@settings(deadline=None)
 @given(streams, st.integers(0, 1000), st.integers(1, 24), st.integers(1, 3))
 def test_every_layout_reads_the_same_global_batches(stream, consumed, global_batch, steps):
     for step in range(steps):
@@ -39,6 +41,7 @@ def test_every_layout_reads_the_same_global_batches(stream, consumed, global_bat
             assert {share.size for share in shares} == {global_batch // data_size}
 
 
+@settings(deadline=None)
 @given(streams, st.lists(st.integers(1, 300), min_size=1, max_size=8))
 def test_a_run_resumed_anywhere_with_any_global_batch_repeats_and_skips_nothing(stream, global_batches):
     consumed, read = 0, []
@@ -49,6 +52,7 @@ def test_a_run_resumed_anywhere_with_any_global_batch_repeats_and_skips_nothing(
     assert read == stream.indices(0, consumed).tolist()
 
 
+@settings(deadline=None)
 @given(streams, st.integers(0, 3), st.integers(1, 2))
 def test_a_batch_may_cross_the_end_of_an_epoch_or_of_several(stream, epoch, epochs):
     start = epoch * stream.length + stream.length // 2

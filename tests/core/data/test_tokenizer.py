@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.data import BytesTokenizer, Tokenizer, load_tokenizer, pieces, prepare
@@ -18,6 +18,7 @@ from tests.core.data.samples import SHAKESPEARE
 HAMLET = (SHAKESPEARE / "hamlet.txt").read_text()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_bytes_are_the_utf_8_of_the_text_and_decode_to_it(text):
     tokenizer = BytesTokenizer()
@@ -205,11 +206,49 @@ def test_the_fingerprint_follows_what_the_ids_depend_on(trained, directory):
     assert len({t.fingerprint for t in (tokenizer, other_end, other_vocabulary)}) == 3
 
 
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 @pytest.mark.hf
-def test_a_corpus_prepared_in_pieces_is_the_corpus_encoded_whole(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 1000)
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 3"])
+def test_a_corpus_prepared_in_pieces_is_the_corpus_encoded_whole(
+    trained, directory, tmp_path, monkeypatch, kind
+):
+    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    if kind == "Llama 3":
+        other = Library.from_str(trained.to_str())
+        split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        other.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+        other.save(str(directory / "tokenizer.json"))
+    monkeypatch.setattr(pieces, "PIECE", 300)
     tokenizer = load_tokenizer("auto", directory)
     dataset = prepare(
         SHAKESPEARE / "hamlet.txt", tokenizer=tokenizer, sequence_length=16, cache_directory=tmp_path
     )
     assert np.array_equal(dataset.token_ids, [*tokenizer.encode(HAMLET), tokenizer.end_of_document])
+
+
+@pytest.mark.hf
+def test_a_library_that_is_not_installed_is_named_with_how_to_install_it(directory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"needs the tokenizers library: pip install 'mpsdk\[hf\]'"):
+        load_tokenizer("auto", directory)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"older tokenizer needs transformers: pip install 'mpsdk\[hf\]'"):
+        load_tokenizer("auto", directory)
+
+
+@pytest.mark.hf
+def test_a_tokenizer_without_a_fast_form_is_refused(directory, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: object())
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no fast form; save it as a tokenizer\.json first"):
+        load_tokenizer("auto", directory)
