@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-PIECE = 1 << 18
+PIECE = 1 << 16
 """Characters (or token ids) of the longest piece. A constant: where a document is cut must not depend on the machine."""
 
 _LINE_END = re.compile(r"\n(?=\S)")
