@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from mpsdk.config.wording import closest, field_accepts, hint
 from mpsdk.errors import Problem
@@ -95,11 +95,9 @@ class Section(BaseModel):
         if isinstance(data, cls):
             return data
         given, bare = cls._keys_of(data)
-        unknown = [
-            Problem(str(key), given[key], cls._unknown(key)) for key in given if key not in cls.model_fields
-        ]
         known = {key: value for key, value in given.items() if key in cls.model_fields}
-        lines = [_line(problem) for problem in unknown]
+        strays = {key: value for key, value in given.items() if key not in cls.model_fields}
+        lines = [_init_error((str(key),), value, cls._unknown(key)) for key, value in strays.items()]
         refused: set[str] = set()
         try:
             section = handler(known)
@@ -107,14 +105,16 @@ class Section(BaseModel):
             for line in error.errors(include_url=False):
                 name = str(line["loc"][0])
                 if line["type"] == _PROBLEM:  # a section inside this one has worded it already
-                    lines.append(_init_error(line["loc"], line["input"], _remedy(line)))
+                    lines.append(_init_error(line["loc"], line["input"], line["msg"]))
                 elif name not in refused:  # pydantic has one error for each option of a union; one will do
                     remedy = cls._refusal(name, known[name], bare=bare)
                     lines.append(_init_error(() if bare else (name,), known[name], remedy))
                 refused.add(name)
             section = handler({key: value for key, value in known.items() if key not in refused})
+        # A rule on a field whose name was misspelled would speak about its default, which is not what was meant.
+        silent = refused | {closest(str(key), cls.model_fields) for key in strays}
         for broken in cls.rules:
-            if refused.isdisjoint(broken.needs):
+            if silent.isdisjoint(broken.needs):
                 lines.extend(_line(problem) for problem in broken.check(section))
         if lines:
             raise ValidationError.from_exception_data(cls.__name__, lines)
@@ -174,7 +174,7 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 def problems_of(error: ValidationError, *, root: str = "configuration") -> list[Problem]:
     """What `error` says, as problems with dotted fields. `root` names what is wrong as a whole."""
     return [
-        Problem(".".join(map(str, line["loc"])) or root, line["input"], _remedy(line))
+        Problem(".".join(map(str, line["loc"])) or root, line["input"], line["msg"])
         for line in error.errors(include_url=False)
     ]
 
@@ -193,8 +193,3 @@ def _init_error(location: tuple[str | int, ...], got: object, remedy: str) -> In
     readable = tuple(str(part).encode("utf-8", "backslashreplace").decode() for part in location)
     kind = PydanticCustomError(_PROBLEM, "{remedy}", {"remedy": remedy})
     return InitErrorDetails(type=kind, loc=readable, input=got)
-
-
-def _remedy(line: ErrorDetails) -> str:
-    """The text of an error of a section; another model's errors keep pydantic's."""
-    return line["ctx"]["remedy"] if line["type"] == _PROBLEM and "ctx" in line else line["msg"]

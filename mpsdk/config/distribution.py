@@ -101,8 +101,8 @@ class Pipeline(Section):
         stages = self.degree * self.virtual_stages
         if self.partition != "auto" and len(self.partition) != stages:
             remedy = (
-                f"names {len(self.partition)} stages, but degree {self.degree} times virtual_stages "
-                f'{self.virtual_stages} makes {stages}; give {stages} numbers of blocks, or "auto"'
+                f"has length {len(self.partition)}, but degree {self.degree} times virtual_stages "
+                f'{self.virtual_stages} makes {stages} stages; give {stages} numbers of blocks, or "auto"'
             )
             yield Problem("partition", self.partition, remedy)
 

@@ -40,8 +40,8 @@ class Document(Section):
         problems = list(file.problems)
         content = file.content
         if not isinstance(content, dict):
-            remedy = f"the file must hold keys; it may have {', '.join(cls.model_fields)}"
-            raise ConfigError([Problem(cls.root(), content, remedy)], where=os.fspath(path))
+            remedy = f"the file holds no keys; it may have {', '.join(cls.model_fields)}"
+            raise ConfigError([Problem(cls.root(), os.fspath(path), remedy)], where=os.fspath(path))
         try:
             document = cls.model_validate(content)
         except ValidationError as error:
@@ -80,7 +80,9 @@ class Document(Section):
             return dict(cls.from_file(path)), False
         except ConfigError as error:
             problems = [
-                Problem("" if p.field == cls.root() else p.field, p.got, f"{p.remedy}, in {path}")
+                Problem("", p.got, p.remedy)
+                if p.field == cls.root()
+                else Problem(p.field, p.got, f"{p.remedy}, in {path}")
                 for p in error.problems
             ]
             raise validation_error(cls.__name__, problems) from None

@@ -50,7 +50,10 @@ class Job(Document):
     """
 
     model: (
-        Annotated[PathText | dict[str, JsonValue], Accepts("a path", '"package.module:factory"', "a section")]
+        Annotated[
+            PathText | dict[str, JsonValue],
+            Accepts("a path", '"package.module:factory"', "a section of JSON values"),
+        ]
         | None
     ) = Field(
         default=None,

@@ -46,7 +46,7 @@ def _choices(annotation: object, metadata: Sequence[object] = ()) -> tuple[str, 
         return (f"a number{_bounds(metadata)}",)
     if annotation is bool:
         return ("True", "False")
-    return ("None",) if annotation is types.NoneType else ("a text",)
+    return ("None",) if annotation is types.NoneType else ("a string",)
 
 
 def hint(value: object, field: FieldInfo) -> str:
@@ -66,6 +66,8 @@ def hint(value: object, field: FieldInfo) -> str:
         return "; it must be finite"
     if isinstance(value, float) and value.is_integer() and int in kinds:
         return f"; write {int(value)}"
+    if hasattr(value, "__index__") and not isinstance(value, int) and int in kinds:
+        return "; convert it with int()"  # numpy's integers
     return ""
 
 
