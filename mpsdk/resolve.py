@@ -9,13 +9,13 @@ from mpsdk.config import Distribution, Training
 from mpsdk.cost import partition_costs
 from mpsdk.description import ModelDescription
 from mpsdk.errors import ConfigError, Problem
+from mpsdk.families.spec import Dropout
 from mpsdk.partition import partition_blocks
 from mpsdk.plan import Plan
 from mpsdk.schedule import generate
-from mpsdk.topology import Degrees, Topology
+from mpsdk.topology import DEFAULT_PLACEMENT, Degrees, Topology
 
 VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: keeps bf16 rows of the logits at 16-byte boundaries
-DEFAULT_PLACEMENT = "pp,dp,sdp,cp,tp"
 MICROBATCHES_PER_STAGE = 4  # a bubble of at most (p-1)/(4p+p-1), a fifth of a step
 
 
@@ -61,8 +61,16 @@ def resolve(
         padded_vocab_size=_padded(description.vocab_size or 0, VOCABULARY_MULTIPLE * degrees.tp),
         distribution=distribution,
         training=training,
-        description=description,
+        description=_with_dropout(description, training.dropout),
     )
+
+
+def _with_dropout(description: ModelDescription, probability: float | None) -> ModelDescription:
+    """`description` with one probability everywhere instead of the model's own; None leaves it."""
+    if probability is None or description.spec is None:
+        return description
+    dropout = Dropout(embedding=probability, attention=probability, residual=probability)
+    return description.model_copy(update={"spec": description.spec.model_copy(update={"dropout": dropout})})
 
 
 def _data_parallel(distribution: Distribution, world_size: int, problems: list[Problem]) -> int:

@@ -19,6 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renames these two and warns of the old names; 2.11 has only the old.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass(frozen=True)
 class TensorGroup:
@@ -80,7 +84,7 @@ class _ScatterSequence(torch.autograd.Function):
 def _all_gather_sequence(tensor: Tensor, group: TensorGroup) -> Tensor:
     """(batch, part, ...) on each rank to (batch, part * size, ...) on all."""
     gathered = tensor.new_empty((group.size, *tensor.shape))
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), group=group.handle)
+    _all_gather(gathered.flatten(0, 1), tensor.contiguous(), group=group.handle)
     return gathered.transpose(0, 1).flatten(1, 2)
 
 
@@ -88,7 +92,7 @@ def _reduce_scatter_sequence(tensor: Tensor, group: TensorGroup) -> Tensor:
     """(batch, length, ...) on each rank, summed, to (batch, length / size, ...) of it on each."""
     parts = tensor.unflatten(1, (group.size, -1)).transpose(0, 1).contiguous()
     own = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group.handle)
+    _reduce_scatter(own, parts.flatten(0, 1), group=group.handle)
     return own
 
 

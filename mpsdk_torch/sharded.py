@@ -49,10 +49,10 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
         for end in ends:
             fully_shard(end, **options)
     fully_shard(stage, **options)
-    assert isinstance(stage, FSDPModule)
-    stage.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
-    # Without it gloo refuses the factor, and NCCL up to torch 2.13 returned zero gradients in bf16 (pytorch#190745).
-    stage.set_force_sum_reduction_for_comms(True)
+    for unit in _units(stage):
+        unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
+        # Else gloo refuses the factor, and NCCL up to torch 2.13 returned zero gradients in bf16 (pytorch#190745).
+        unit.set_force_sum_reduction_for_comms(True)
     if per_block:
         _prefetch(blocks, settings)
 
@@ -78,9 +78,12 @@ def before_backward(stage: nn.Module, plan: Plan, *, last: bool) -> None:
 
 def release(stage: nn.Module) -> None:
     """Drop whole parameters that a forward without a backward left behind."""
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in _units(stage):
+        unit.reshard()
+
+
+def _units(stage: nn.Module) -> list[FSDPModule]:
+    return [module for module in stage.modules() if isinstance(module, FSDPModule)]
 
 
 def _level(plan: Plan) -> str:

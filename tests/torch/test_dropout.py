@@ -1,0 +1,60 @@
+"""Dropout masks are functions of where they stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpsdk_torch.dropout import Moment, Site, dropout
+from tests.torch.cases import Outcome, assemble, make_plan, train
+from tests.torch.pool import WorkerPool
+from tests.torch.test_parity import LAYOUTS, RECOMPUTE
+
+
+def trained(pool: WorkerPool, layout: str, recompute: Any, **training: Any) -> list[Outcome]:
+    world_size, distribution = LAYOUTS.get(layout, (1, {}))
+    distribution = distribution | {"activation_checkpointing": recompute}
+    plan = make_plan("gpt2", world_size, distribution, **({"dropout": 0.1} | training))
+    return pool.run(world_size, train, plan, 3)
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"])
+@pytest.mark.parametrize("mode", RECOMPUTE)
+def test_recompute_on_and_off_are_bit_identical_with_dropout(pool: WorkerPool, layout: str, mode: str) -> None:
+    kept, recomputed = trained(pool, layout, "none"), trained(pool, layout, RECOMPUTE[mode])
+    assert recomputed[0].losses == kept[0].losses
+    assert recomputed[0].norms == kept[0].norms
+    actual, expected = (assemble([p for o in some for p in o.state]) for some in (recomputed, kept))
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+
+def test_dropout_is_applied_and_repeats_from_run_to_run(pool: WorkerPool) -> None:
+    first, again, without = (trained(pool, "single", "none", dropout=rate)[0].losses for rate in (0.1, 0.1, 0.0))
+    assert first == again
+    assert first[0] != without[0]
+
+
+def test_another_seed_draws_other_masks(pool: WorkerPool) -> None:
+    losses = [trained(pool, "single", "none", seed=seed, learning_rate=1e-30)[0].losses for seed in (3, 4)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("field", ["seed", "step", "microbatch"])
+def test_every_moment_has_its_own_mask(field: str) -> None:
+    moment, site = Moment(seed=1, step=2, microbatch=3), Site(0, "attention", 0)
+    other = moment._replace(**{field: 9})
+    ones = torch.ones(1000)
+    first, again, changed = (dropout(ones, 0.5, when, site, training=True) for when in (moment, moment, other))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, changed)
+
+
+@pytest.mark.parametrize("site", [Site(1, "attention", 0), Site(0, "residual", 0), Site(0, "attention", 1)])
+def test_every_site_has_its_own_mask(site: Site) -> None:
+    moment, ones = Moment(seed=1, step=2, microbatch=3), torch.ones(1000)
+    here, there = (dropout(ones, 0.5, moment, where, training=True) for where in (Site(0, "attention", 0), site))
+    assert not torch.equal(here, there)

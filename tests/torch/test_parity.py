@@ -1,0 +1,109 @@
+"""The same losses, gradients and weights in every layout, within the design's bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.torch.cases import Outcome, assemble, make_plan, train
+from tests.torch.pool import WorkerPool
+
+BOUND = 1e-5
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "sdp2-parameters": (2, {"sharded_data_parallel": 2}),
+    "sdp2-gradients": (2, {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}),
+    "sdp2-optimizer": (2, {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}),
+    "dp2-sdp2": (4, {"sharded_data_parallel": 2}),
+    "tp2": (2, {"tensor_parallel": 2}),
+    "tp2-no-sequence": (2, {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}),
+    "tp4": (4, {"tensor_parallel": 4}),
+    "pp2": (2, {"pipeline": {"degree": 2, "microbatches": 4}}),
+    "pp2-gpipe": (2, {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "gpipe"}}),
+    "pp4": (4, {"pipeline": {"degree": 4, "microbatches": 8}}),
+    "pp2-sdp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2}),
+    "pp2-tp2": (4, {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2}),
+    "sdp2-tp2": (4, {"sharded_data_parallel": 2, "tensor_parallel": 2}),
+    "pp2-sdp2-tp2": (
+        8,
+        {"pipeline": {"degree": 2, "microbatches": 2}, "sharded_data_parallel": 2, "tensor_parallel": 2},
+    ),
+}
+RECOMPUTE: dict[str, Any] = {
+    "full": "full",
+    "full-offload": {"mode": "full", "offload": True},
+    "selective-attention": {"mode": "selective", "keep": ["attention"]},
+    "selective-both": {"mode": "selective", "keep": ["attention", "matmul"]},
+}
+
+
+def run(
+    pool: WorkerPool, family: str, world_size: int, distribution: dict[str, Any], steps: int, **training: Any
+) -> list[Outcome]:
+    return pool.run(world_size, train, make_plan(family, world_size, distribution, **training), steps)
+
+
+_references: dict[tuple[Any, ...], list[Outcome]] = {}
+
+
+def reference(pool: WorkerPool, family: str, steps: int, **training: Any) -> list[Outcome]:
+    key = (family, steps, *sorted(training.items()))
+    if key not in _references:
+        _references[key] = run(pool, family, 1, {}, steps, **training)
+    return _references[key]
+
+
+def assert_close(actual: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]], floor: float = 0.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        difference = np.abs(actual[name] - wanted).max()
+        assert difference <= BOUND * np.abs(wanted).max() + floor, f"{name}: off by {difference}"
+
+
+def assert_parity(outcomes: list[Outcome], expected: list[Outcome]) -> None:
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, expected[0].losses, rtol=BOUND)
+        np.testing.assert_allclose(outcome.norms, expected[0].norms, rtol=BOUND)
+    gradients, wanted = (assemble([p for o in some for p in o.gradients]) for some in (outcomes, expected))
+    largest = max(np.abs(gradient).max() for gradient in wanted.values())
+    assert_close(gradients, wanted, floor=1e-9 * largest)
+
+
+def assert_same_weights(outcomes: list[Outcome], expected: list[Outcome]) -> None:
+    gradients = assemble([piece for outcome in expected for piece in outcome.gradients])
+    largest = max(np.abs(gradient).max() for gradient in gradients.values())
+    state, wanted = (assemble([p for o in some for p in o.state]) for some in (outcomes, expected))
+    assert_close(state, wanted, floor=1e-9 * largest)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradients(
+    pool: WorkerPool, family: str, layout: str
+) -> None:
+    world_size, distribution = LAYOUTS[layout]
+    assert_parity(run(pool, family, world_size, distribution, 10), reference(pool, family, 10))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family: str, layout: str) -> None:
+    world_size, distribution = LAYOUTS[layout]
+    settings = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05, "weight_decay": 0.01}
+    outcomes = run(pool, family, world_size, distribution, 10, **settings)
+    expected = reference(pool, family, 10, **settings)
+    assert_parity(outcomes, expected)
+    assert_same_weights(outcomes, expected)
+
+
+@pytest.mark.parametrize("layout", ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2"])
+@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_recompute_changes_no_digit_that_matters(pool: WorkerPool, family: str, mode: str, layout: str) -> None:
+    world_size, distribution = LAYOUTS.get(layout, (1, {}))
+    distribution = distribution | {"activation_checkpointing": RECOMPUTE[mode]}
+    assert_parity(run(pool, family, world_size, distribution, 3), reference(pool, family, 3))

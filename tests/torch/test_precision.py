@@ -1,0 +1,48 @@
+"""bf16 and fp16 mixed precision, and the dynamic loss scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpsdk.config import Precision
+from mpsdk_torch.precision import LossScale
+from tests.torch.cases import assemble, make_plan, train
+from tests.torch.pool import WorkerPool
+from tests.torch.test_parity import LAYOUTS, reference
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2"])
+def test_mixed_precision_follows_fp32_to_its_own_rounding(pool: WorkerPool, layout: str, mode: str) -> None:
+    world_size, distribution = LAYOUTS.get(layout, (1, {}))
+    plan = make_plan("gpt2", world_size, distribution | {"precision": mode})
+    outcomes = pool.run(world_size, train, plan, 10)
+    rounding = {"bf16": 2.0**-8, "fp16": 2.0**-11}[mode]
+    np.testing.assert_allclose(outcomes[0].losses, reference(pool, "gpt2", 10)[0].losses, rtol=rounding)
+    np.testing.assert_allclose(outcomes[0].norms, reference(pool, "gpt2", 10)[0].norms, rtol=16 * rounding)
+    assert all(piece[3].dtype == np.float32 for outcome in outcomes for piece in outcome.state)
+
+
+def test_a_step_that_overflows_is_skipped_and_halves_the_scale(pool: WorkerPool) -> None:
+    precision = {"mode": "fp16", "initial_loss_scale": 2.0**40}
+    world_size, distribution = LAYOUTS["pp2-sdp2-tp2"]
+    plan = make_plan("gpt2", world_size, distribution | {"precision": precision})
+    before, after = (pool.run(world_size, train, plan, steps) for steps in (0, 2))
+    scalars = after[0].scalars
+    assert scalars["loss_scale"] == 2.0**38
+    assert scalars["optimizer_step"] == 0
+    assert all(outcome.scalars == scalars for outcome in after)
+    untouched, weights = (assemble([p for o in some for p in o.state]) for some in (before, after))
+    for name in untouched:
+        np.testing.assert_array_equal(weights[name], untouched[name], err_msg=name)
+
+
+def test_the_scale_doubles_after_enough_good_steps_in_a_row() -> None:
+    scale = LossScale(Precision(mode="fp16", initial_loss_scale=8.0, loss_scale_growth_interval=3), torch.device("cpu"))
+    seen = []
+    for overflowed in (False, False, True, False, False, False, False):
+        scale.update(torch.tensor(overflowed))
+        seen.append(scale.scale.item())
+    assert seen == [8.0, 8.0, 4.0, 4.0, 4.0, 8.0, 8.0]
