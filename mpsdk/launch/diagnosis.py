@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpsdk.launch.control import PeerError
-from mpsdk.launch.heartbeat import FINISHED, Activity
+from mpsdk.launch.heartbeat import FINISHED, STARTING, Activity
 
 # What gloo, NCCL, gRPC and sockets say on a rank that is well itself and has lost another one.
 _LOST_PEER = re.compile(
@@ -73,8 +73,17 @@ class Observation:
         return self.exit_code == 0 and self.activity is not None and self.activity.text != FINISHED
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has noted anything after the note that `guard` makes."""
+        return self.activity is not None and self.activity.text != STARTING
+
+    @property
+    def waits(self) -> bool:
+        return self.activity is not None and self.activity.waits
+
+    @property
     def doing(self) -> str:
-        return self.activity.text if self.activity else "starting (it has noted nothing yet)"
+        return self.activity.text if self.activity else "not in Python yet"
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -133,27 +142,41 @@ def _time_of(seen: Observation) -> float:
     return seen.failure.time if seen.failure else seen.ended_at or 0.0
 
 
-def likely_hung(observations: Sequence[Observation]) -> Observation:
-    """The rank that holds the others up: silent for longest among the running ones that don't wait for another."""
-    running = [seen for seen in observations if seen.exit_code is None]
-    return max(running, key=lambda seen: (not (seen.activity and seen.activity.waits), seen.silent))
+def likely_hung(silent: Sequence[Observation]) -> Observation:
+    """The one of several silent ranks that holds the others up: it doesn't wait for another, or is silent for longest."""
+    return max(silent, key=lambda seen: (not seen.waits, seen.silent))
 
 
 def failure_text(culprit: Observation, observations: Sequence[Observation]) -> str:
     """The report of a run in which `culprit` failed: its own traceback on top, then what every rank was doing."""
     who = f"rank {culprit.rank} of {len(observations)}"
-    doing = culprit.failure.activity if culprit.failure else culprit.doing
+    parts: list[str] = []
     if culprit.failure:
-        headline = f"{who} failed with {culprit.failure.type}: {culprit.failure.message}"
-        parts = [headline, f"while: {doing}\n", culprit.failure.traceback.rstrip()]
+        parts += _suspicion(culprit.failure, observations)
+        parts.append(f"{who} failed with {culprit.failure.type}: {culprit.failure.message}")
+        parts += [f"while: {culprit.failure.activity}\n", culprit.failure.traceback.rstrip()]
     else:
-        parts = [f"{who} {_ending(culprit)}, while: {doing}"]
+        parts.append(f"{who} {_ending(culprit)}, while: {culprit.doing}")
         if culprit.exit_code == -signal.SIGKILL:
             parts.append(
                 "SIGKILL comes from outside: the kernel when memory ran out (see dmesg), a job manager, or a person."
             )
         parts.append(_quoted_log(culprit))
     return "\n".join([*parts, *_every_rank(observations, apart_from=culprit), _where(observations)])
+
+
+def _suspicion(failure: Failure, observations: Sequence[Observation]) -> list[str]:
+    """Who is to blame when `failure` only says that some rank is gone or silent: one that runs and doesn't wait."""
+    suspects = [
+        seen for seen in observations if seen.exit_code is None and not seen.failed and not seen.waits
+    ]
+    if not failure.consequence or not suspects:
+        return []
+    suspect = likely_hung(suspects)
+    return [
+        f"rank {suspect.rank} of {len(observations)} seems to hang: nothing new for {suspect.silent:.1f} s, "
+        f"while: {suspect.doing}\nrank {failure.rank} gave up on it:\n"
+    ]
 
 
 def hang_text(hung: Observation, observations: Sequence[Observation], timeout: float) -> str:

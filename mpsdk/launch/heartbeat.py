@@ -18,6 +18,7 @@ from typing import NamedTuple
 _RECORD = struct.Struct("<Qd232sQ")
 _STEP = re.compile(r"(step|evaluation) \d+: ")
 
+STARTING = "starting"  # before a worker's first note of its own
 FINISHED = "finished"
 WAITING = ("wait", "receive", "send", "barrier", "all_", "all-", "reduce", "broadcast")
 

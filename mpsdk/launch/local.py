@@ -89,6 +89,7 @@ class LocalLauncher:
             Interruption() as interruption,
             Group(grace=self._grace) as group,
         ):
+            shutil.rmtree(directory / "errors", ignore_errors=True)  # of an earlier start
             events = _Events(directory / "events.jsonl", on_event)
             for rank in range(world_size):
                 place = worker_environment(

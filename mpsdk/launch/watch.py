@@ -14,6 +14,7 @@ from mpsdk.launch.heartbeat import Activity, activity_path, read_activity
 from mpsdk.launch.processes import Group, Worker
 
 _SETTLE_SECONDS = 1.0  # after a failure that may be a consequence: time for its cause to show itself
+_START_SECONDS = 120.0  # at least, for a rank to import its framework and note something of its own
 _DEPARTURE_SECONDS = 10.0  # for the others to leave too, after a rank that left with work undone
 
 
@@ -21,8 +22,8 @@ class Watch:
     """The judgement over one run.
 
     A rank is hung when it has noted nothing new for `timeout` seconds, unless it says that it waits for
-    another and some other rank still moves. Ranks whose program writes no heartbeat at all are not judged by
-    silence.
+    another and some other rank still moves. Until its first note of its own, while it imports a framework, it
+    has longer. Programs that write no heartbeat at all are not judged by silence.
     """
 
     def __init__(self, group: Group, run_directory: Path, generation: str, timeout: float) -> None:
@@ -43,9 +44,10 @@ class Watch:
         if running and (gone := self._departed(ranks)):
             waited = time.time() - (gone.ended_at or 0.0)
             return diagnosis.departed_text(self._with_log(gone), self._with_stacks(ranks), waited)
-        if self._hung(running):
+        if overdue := self._hung(running):
             ranks = self._with_stacks(ranks)
-            return diagnosis.hang_text(diagnosis.likely_hung(ranks), ranks, self._timeout)
+            hung = ranks[diagnosis.likely_hung(overdue).rank]
+            return diagnosis.hang_text(hung, ranks, self._patience(hung))
         return None
 
     def _failure(self) -> str:
@@ -71,12 +73,16 @@ class Watch:
                     return seen
         return None
 
-    def _hung(self, running: Sequence[Observation]) -> bool:
+    def _hung(self, running: Sequence[Observation]) -> list[Observation]:
+        """The ranks that have been silent for too long; none when they only wait for one that moves."""
         if not any(seen.activity for seen in running):
-            return False
-        silent = [seen for seen in running if seen.silent > self._timeout]
-        at_work = [seen for seen in silent if not (seen.activity and seen.activity.waits)]
-        return bool(at_work) or len(silent) == len(running)
+            return []
+        overdue = [seen for seen in running if seen.silent > self._patience(seen)]
+        only_wait = all(seen.waits for seen in overdue) and len(overdue) < len(running)
+        return [] if only_wait else overdue
+
+    def _patience(self, seen: Observation) -> float:
+        return self._timeout if seen.has_begun else max(self._timeout, _START_SECONDS)
 
     def _observe(self) -> list[Observation]:
         return [self._look_at(worker) for worker in self._group.workers]

@@ -22,7 +22,7 @@ from mpsdk.launch.environment import (
     place_from_environment,
     run_directory_from_environment,
 )
-from mpsdk.launch.heartbeat import FINISHED, Heartbeat, activity_path, read_activity
+from mpsdk.launch.heartbeat import FINISHED, STARTING, Heartbeat, activity_path, read_activity
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,7 +46,7 @@ def guard(main: Callable[[Place], object]) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()
     heartbeat = Heartbeat(activity_path(control_directory(run_directory, generation), place.rank))
-    heartbeat.note("starting")
+    heartbeat.note(STARTING)
     try:
         main(replace(place, note=heartbeat.note))
     except SystemExit as leaving:
