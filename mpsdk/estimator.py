@@ -21,7 +21,7 @@ from mpsdk.inputs import Inputs, Preparation, read_inputs, tokenizer_problems
 from mpsdk.launch import Launcher, get_launcher, place_from_environment
 from mpsdk.plan import Plan
 from mpsdk.resolve import resolve
-from mpsdk.resume import chosen_checkpoint
+from mpsdk.resume import expected_checkpoint
 from mpsdk.run import DATA_CACHE, Background, Run, draw_pictures
 from mpsdk.work_order import JOB_FILE, WorkOrder
 
@@ -140,6 +140,8 @@ class Estimator:
         """
         problems: list[Problem] = []
         ranks = self._world_size() if world_size is None else world_size
+        if ranks < 1:
+            raise ConfigError([Problem("world_size", ranks, "must be at least 1")], where="the plan")
         plan = _collect(
             problems,
             lambda: resolve(
@@ -234,7 +236,7 @@ class Estimator:
             pretrained=read.directory is not None and _has_weights(read.directory),
             hf_config=cast("dict[str, Any]", read.hf_config),
         )
-        if resume == "auto" or chosen_checkpoint(order) is None:
+        if expected_checkpoint(order) is None:
             order.initial_weights()
         preparation = Preparation(
             self.training, directory, plan.description.vocab_size, self.output_dir / DATA_CACHE

@@ -7,14 +7,17 @@ removed for the user.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mpsdk.backend import WEIGHT
 from mpsdk.checkpoint import Checkpoint, find, latest_verified, step_directory
 from mpsdk.checkpoint.names import step_of
+from mpsdk.checkpoint.problems import refuse
 from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.plan import Plan
 from mpsdk.work_order import WorkOrder
@@ -41,11 +44,12 @@ def find_start(order: WorkOrder) -> Start:
         ConfigError: the checkpoint directory holds another line of training.
         CheckpointError: the checkpoint is damaged or doesn't fit the plan, or all of this run's are damaged.
     """
-    checkpoint = chosen_checkpoint(order)
     if order.resume == AUTO:
         checkpoint = latest_verified(order.checkpoints, _log.warning)
         if checkpoint is not None:
             check_fits(checkpoint, order.plan)
+    else:
+        checkpoint = _named(order)
     if checkpoint is None:
         return Start()
     here = os.path.realpath(step_directory(order.checkpoints, checkpoint.step))
@@ -53,12 +57,27 @@ def find_start(order: WorkOrder) -> Start:
     return Start(checkpoint.path, checkpoint.step, checkpoint.samples_consumed, own)
 
 
-def chosen_checkpoint(order: WorkOrder) -> Checkpoint | None:
-    """The checkpoint that `order.resume` names, checked as far as that is cheap. None for "auto" and "never"."""
-    if order.resume == AUTO:
+def expected_checkpoint(order: WorkOrder) -> Checkpoint | None:
+    """The checkpoint that `order` will most likely start from, as far as that can be said without reading tensors.
+
+    Raises what `find_start` would, so that the facade can say it before any worker starts.
+    """
+    if order.resume != AUTO:
+        return _named(order)
+    for path in find(order.checkpoints):
+        with contextlib.suppress(CheckpointError):  # damaged: `find_start` passes it over, and says so
+            checkpoint = Checkpoint.open(path)
+            break
+    else:
         return None
+    check_fits(checkpoint, order.plan)
+    return checkpoint
+
+
+def _named(order: WorkOrder) -> Checkpoint | None:
+    """The checkpoint at the path that `order.resume` is; None when it is "never"."""
     existing = find(order.checkpoints)
-    newest = max((step_of(path.rstrip("/").rpartition("/")[2]) or 0 for path in existing), default=-1)
+    newest = (step_of(Path(existing[0]).name) or 0) if existing else -1
     if order.resume == NEVER:
         if existing:
             raise _occupied(order, f"holds checkpoints up to step {newest}")
@@ -74,8 +93,7 @@ def check_fits(checkpoint: Checkpoint, plan: Plan) -> None:
     """Raises CheckpointError, listing every difference, when the checkpoint is not one of the plan's model."""
     problems = list(_differences(checkpoint, plan))
     if problems:
-        lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
-        raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this run:\n{lines}")
+        raise refuse(f"checkpoint {checkpoint.path} does not fit this run", problems)
 
 
 def _differences(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:

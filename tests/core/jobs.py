@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,18 @@ def order_in(
     )
 
 
-def work(order: WorkOrder, *, answers: dict[int, str] | None = None, **place: Any) -> list[dict[str, Any]]:
-    """Do the order in this process, its ranks as threads, and give back the events.
+def work(
+    order: WorkOrder,
+    *,
+    answers: dict[int, str] | None = None,
+    generation: str | None = None,
+    note: Callable[[str], None] = lambda activity: None,
+) -> list[dict[str, Any]]:
+    """Do the order in this process, its ranks as threads if there are several, and give back the events.
 
-    `answers`: what to answer to the log event of a step.
+    `answers`: what to answer to the log event of a step. `note`: told what rank 0 is about to do.
     """
-    generation = new_generation()
+    generation = generation or new_generation()
     events: list[dict[str, Any]] = []
     failures: list[Exception] = []
 
@@ -89,9 +96,9 @@ def work(order: WorkOrder, *, answers: dict[int, str] | None = None, **place: An
 
     def do(rank: int) -> None:
         world_size = order.plan.world_size
-        here = Place(
-            rank, world_size, store=str(Path(order.output_dir, f"store-{generation}")), timeout=20, **place
-        )
+        store = str(Path(order.output_dir, f"store-{generation}"))
+        told = note if rank == 0 else lambda activity: None
+        here = Place(rank, world_size, store=store, timeout=20, note=told)
         control = Control(order.output_dir, generation, rank, world_size, timeout=20)
         try:
             Work(order, here, control, generation, emit).run()
