@@ -29,9 +29,7 @@ def main() -> int:
     job = Job.from_file(JOB)
     assert job.data.validation is not None
 
-    estimator = Estimator.from_file(JOB)
-    print(estimator.plan(world_size=job.distribution.stated_degree))
-    run = estimator.fit(train=job.data.train, validation=job.data.validation, resume="never")
+    run = Estimator.from_file(JOB).fit()  # prints the plan, then progress; a run that was broken off goes on
     loss = [row["validation_loss"] for row in run.history if "validation_loss" in row][-1]
 
     exported = Path(job.output_dir, "export")
