@@ -6,6 +6,7 @@ The job itself is quickstart.yaml, beside this file.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def main() -> int:
     loss = [row["validation_loss"] for row in run.history if "validation_loss" in row][-1]
 
     exported = Path(job.output_dir, "export")
+    shutil.rmtree(exported, ignore_errors=True)  # of an earlier quickstart
     run.export(exported)
     model = AutoModelForCausalLM.from_pretrained(exported).eval()
     inputs, labels = samples(Path(job.data.validation), job.training.sequence_length)
