@@ -102,7 +102,10 @@ def locate(path: Location, *, follow: bool = True) -> tuple[Storage, str]:
         raise CheckpointError(f"{text!r} cannot be reached: {error}") from error
     if ".." in remote.split("/"):
         raise CheckpointError(f"{text!r} leads out of itself by '..'")
-    return RemoteStorage(system), remote.rstrip("/")
+    remote = remote.rstrip("/")
+    head = text.rstrip("/").removesuffix(remote)
+    prefix = head if head + remote == text.rstrip("/") else system.unstrip_protocol("")
+    return RemoteStorage(system, prefix), remote
 
 
 class LocalStorage:
@@ -221,8 +224,10 @@ class RemoteSystem(Protocol):
 class RemoteStorage:
     """A store without an atomic rename: a checkpoint is there from the moment that its manifest is, which comes last."""
 
-    def __init__(self, system: RemoteSystem) -> None:
+    def __init__(self, system: RemoteSystem, prefix: str) -> None:
+        """`prefix` goes before a path to make it an address: the protocol, with the host where there is one."""
         self.system = system
+        self.prefix = prefix
 
     def join(self, directory: str, name: str) -> str:
         return f"{directory}/{name}"
@@ -234,7 +239,7 @@ class RemoteStorage:
         return path.rpartition("/")[2]
 
     def address(self, path: str) -> str:
-        return self.system.unstrip_protocol(path)
+        return self.prefix + path
 
     def entries(self, directory: str) -> dict[str, Entry]:
         self.system.invalidate_cache(directory)
