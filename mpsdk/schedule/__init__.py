@@ -2,6 +2,7 @@
 
 from mpsdk.schedule.actions import COMPUTE, FORWARD_ONLY, RECEIVES, SENDS, Action, Kind, Schedule
 from mpsdk.schedule.communication import add_communication
+from mpsdk.schedule.draw import draw
 from mpsdk.schedule.generators import GENERATORS, generate
 from mpsdk.schedule.simulate import Costs, Span, Timeline, peak_in_flight, simulate, stage_in_flight
 from mpsdk.schedule.validate import validate
@@ -19,6 +20,7 @@ __all__ = [
     "Span",
     "Timeline",
     "add_communication",
+    "draw",
     "generate",
     "peak_in_flight",
     "simulate",
