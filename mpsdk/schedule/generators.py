@@ -81,7 +81,7 @@ def interleaved(degree: int, microbatches: int, virtual_stages: int) -> Orders:
 
 
 def zb_h1(degree: int, microbatches: int, virtual_stages: int) -> Orders:
-    """ZB-H1 (Qi et al. 2024, arXiv:2401.10241, section 2.2): 1F1B with the weights' backward put off to fill bubbles.
+    """ZB-H1 (Qi et al. 2024, arXiv:2401.10241, section 2.1): 1F1B with the weights' backward put off to fill bubbles.
 
     Rank r starts the weights' backwards r microbatches late, which brings every rank to the p in flight that only
     rank 0 has in 1F1B, and no further. With m >= p each rank is idle for (p - 1)(F + I - W), as published, if W is at
