@@ -125,7 +125,8 @@ class Contents(Record):
                         f"chunk {chunk.key!r} of shape {list(chunk.shape)} at {list(chunk.offset)} is outside the shape "
                         f"{list(tensor.shape)}"
                     )
-                if not re.fullmatch(re.escape(key) + "/[0-9]+", chunk.key):
+                number = chunk.key.removeprefix(key + "/")
+                if number == chunk.key or not (number.isascii() and number.isdigit()):
                     raise ValueError(f"chunk {chunk.key!r} does not belong to tensor {key!r}")
         return self
 

@@ -68,14 +68,19 @@ def find(root: Location) -> list[str]:
 
     Temporary directories and symbolic links are ignored. A root that does not exist has no checkpoints.
     """
-    storage, directory = locate(root)
-    with os_errors(f"the checkpoints under {storage.address(directory)} cannot be listed"):
-        names = complete_in(storage, directory)
+    storage, directory, names = listed(root)
     return [storage.address(storage.join(directory, name)) for name in names]
 
 
+def listed(root: Location) -> tuple[Storage, str, list[str]]:
+    """Where `root` lies, and the names of the complete checkpoints in it, newest first."""
+    storage, directory = locate(root)
+    with os_errors(f"the checkpoints under {storage.address(directory)} cannot be listed"):
+        return storage, directory, complete_in(storage, directory)
+
+
 def complete_in(storage: Storage, directory: str) -> list[str]:
-    """The names of the complete checkpoints in `directory`, newest first."""
+    """The names of the complete checkpoints in `directory`, newest first. Raises OSError."""
     found: list[tuple[int, bool, str]] = []
     for name, entry in storage.entries(directory).items():
         step = step_of(name)

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Collection
 
 from mpsdk.checkpoint.files import Files
-from mpsdk.checkpoint.names import REPLACED, complete_in, generation_of, is_replaced, step_of
-from mpsdk.checkpoint.problems import refuse
+from mpsdk.checkpoint.names import REPLACED, generation_of, is_replaced, listed, step_of
+from mpsdk.checkpoint.problems import os_errors, refuse
 from mpsdk.checkpoint.reader import Checkpoint
-from mpsdk.checkpoint.storage import Location, locate
+from mpsdk.checkpoint.storage import Location
 from mpsdk.checkpoint.verify import find_damage
+from mpsdk.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,9 @@ def latest_verified(root: Location, log: Callable[[str], None] = logger.warning)
     Raises:
         CheckpointError: there are checkpoints and none is intact. Starting afresh must be somebody's decision.
     """
-    storage, directory = locate(root)
+    storage, directory, names = listed(root)
     damaged: list[str] = []
-    for name in complete_in(storage, directory):
+    for name in names:
         path = storage.join(directory, name)
         manifest, problems = find_damage(storage, path)
         if manifest and not problems:
@@ -55,27 +56,25 @@ def prune(
 
     Returns:
         The paths removed.
+
+    Raises:
+        CheckpointError: `keep` is less than 1, or something could not be removed.
     """
     if keep is None:
         return []
     if keep < 1:
-        raise ValueError(f"keep must be 1 or more, or None to keep all checkpoints; got {keep}")
-    storage, directory = locate(root)
-    names = complete_in(storage, directory)
+        raise CheckpointError(f"keep must be 1 or more, or None to keep all checkpoints; got {keep}")
+    storage, directory, names = listed(root)
     if len(names) <= keep:
         return []
     paths = {name: storage.join(directory, name) for name in names}
-    intact = next(
-        (
-            position
-            for position, name in enumerate(names)
-            if not find_damage(storage, paths[name], payload=payload)[1]
-        ),
-        len(names),
-    )
+    intact = 0  # position of the newest intact one
+    while intact < len(names) and find_damage(storage, paths[names[intact]], payload=payload)[1]:
+        intact += 1
     doomed = [name for name in names[max(keep, intact + 1) :] if step_of(name) not in protect]
-    for name in reversed(doomed):
-        storage.remove_directory(paths[name])
+    with os_errors("old checkpoints could not be removed"):
+        for name in reversed(doomed):
+            storage.remove_directory(paths[name])
     return [storage.address(paths[name]) for name in doomed]
 
 
@@ -87,16 +86,17 @@ def remove_leftovers(root: Location, *, generation: int | str | None = None) -> 
     Returns:
         The paths removed.
     """
-    storage, directory = locate(root)
-    complete = complete_in(storage, directory)
+    storage, directory, complete = listed(root)
     removed: list[str] = []
-    for name, entry in sorted(storage.entries(directory).items()):
-        if entry.kind != "directory":
-            continue
-        left = generation_of(name)
-        unfinished = left is not None and left != str(generation)
-        superseded = is_replaced(name) and name.removesuffix(REPLACED) in complete
-        if unfinished or superseded:
-            storage.remove_directory(storage.join(directory, name))
-            removed.append(storage.address(storage.join(directory, name)))
+    with os_errors("what interrupted saves left could not be removed"):
+        for name, entry in sorted(storage.entries(directory).items()):
+            if entry.kind != "directory":
+                continue
+            left = generation_of(name)
+            unfinished = left is not None and left != str(generation)
+            superseded = is_replaced(name) and name.removesuffix(REPLACED) in complete
+            if unfinished or superseded:
+                path = storage.join(directory, name)
+                storage.remove_directory(path)
+                removed.append(storage.address(path))
     return removed

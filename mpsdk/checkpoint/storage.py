@@ -8,6 +8,7 @@ Symbolic links are never followed below a checkpoint's directory, so that no nam
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -128,7 +129,8 @@ class LocalStorage:
         try:
             with os.scandir(directory) as names:
                 for name in names:
-                    found[name.name] = _entry(name.stat(follow_symlinks=False))
+                    with contextlib.suppress(FileNotFoundError):  # removed or renamed since it was listed
+                        found[name.name] = _entry(name.stat(follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return found
@@ -202,6 +204,9 @@ def _sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no directories
+            raise
     finally:
         os.close(descriptor)
 
@@ -299,4 +304,5 @@ class RemoteStorage:
     def remove_directory(self, path: str) -> None:
         if MANIFEST_FILE in self.entries(path):
             self.system.rm_file(self.join(path, MANIFEST_FILE))
-        self.system.rm(path, recursive=True)
+        with contextlib.suppress(FileNotFoundError):  # object stores have no empty directories
+            self.system.rm(path, recursive=True)

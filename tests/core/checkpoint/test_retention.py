@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpsdk.checkpoint import find, latest_verified, prune, remove_leftovers, step_directory
+from mpsdk.checkpoint import find, latest_verified, prune, remove_leftovers, step_directory, storage
 from mpsdk.checkpoint.storage import LocalStorage
 from mpsdk.errors import CheckpointError
 from tests.core.checkpoint.samples import row_shards, save, tensors, write_parts
@@ -124,7 +124,7 @@ def test_pruning_without_payload_reads_no_tensors(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("keep", [0, -1])
 def test_keeping_nothing_is_refused(tmp_path: Path, keep: int):
-    with pytest.raises(ValueError, match=f"keep must be 1 or more, or None .* got {keep}"):
+    with pytest.raises(CheckpointError, match=f"keep must be 1 or more, or None .* got {keep}"):
         prune(tmp_path, keep)
 
 
@@ -149,3 +149,38 @@ def test_a_checkpoint_that_was_set_aside_is_used_until_its_replacement_is_there(
     assert find(tmp_path) == [str(final), f"{final}.replaced"]
     assert remove_leftovers(tmp_path) == [f"{final}.replaced"]
     assert find(tmp_path) == [str(final)]
+
+
+def test_a_name_that_vanishes_while_it_is_listed_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for step in (10, 20):
+        save(tmp_path, step)
+    left = [FileNotFoundError]
+    original = storage._entry
+
+    def entry(status: os.stat_result) -> storage.Entry:
+        if left:
+            raise left.pop()
+        return original(status)
+
+    monkeypatch.setattr(storage, "_entry", entry)
+    assert len(find(tmp_path)) == 1
+
+
+def test_what_cannot_be_listed_or_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for step in (10, 20):
+        save(tmp_path, step)
+
+    def denied(*arguments: object, **named: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", denied)
+        with pytest.raises(CheckpointError, match=r"old checkpoints could not be removed.*Permission denied"):
+            prune(tmp_path, 1)
+    assert steps(tmp_path) == [20, 10]
+    monkeypatch.setattr(os, "scandir", denied)
+    for function in (find, latest_verified, remove_leftovers):
+        with pytest.raises(CheckpointError, match=r"cannot be listed.*Permission denied"):
+            function(tmp_path)
