@@ -19,13 +19,11 @@ from mpsdk.launch.heartbeat import FINISHED, STARTING, Activity
 # What gloo, NCCL, gRPC and sockets say on a rank that is well itself and has lost another one.
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|connectFullMesh failed|broken pipe|socket closed"
-    r"|peer\b.*\b(closed|died|gone)|timed out (after )?waiting|wait timeout|deadline ?exceeded|\bunavailable\b"
+    r"|peer\b.*\b(closed|died|gone)|timed out (after )?waiting|wait timeout|deadline ?exceeded|collective ops is aborted"
     r"|remote (process|peer) (exited|failed)|watchdog caught collective|collective operation timeout|heartbeat timeout",
     re.IGNORECASE,
 )
 _LOST_PEER_TYPES = (
-    "ConnectionError",
-    "BrokenPipeError",
     "UnavailableError",
     "DeadlineExceededError",
     "DistNetworkError",

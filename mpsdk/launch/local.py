@@ -34,10 +34,10 @@ class LocalLauncher:
     """Runs the ranks of a job as processes of this machine, over the loopback interface only.
 
     Args:
-        processes: how many ranks; None: one a GPU, or without GPUs as many as the distribution's stated
-            degrees ask for. timeout: seconds for which a rank may show no progress, and by which ranks may
-            finish apart. grace: seconds that a worker has to end after SIGTERM, before SIGKILL. command: what
-            to run in place of `python -m mpsdk.worker`; the job's path is appended.
+        processes: how many ranks; None: one a GPU, or without GPUs what the distribution's stated degrees ask for.
+        timeout: seconds for which a rank may show no progress, and by which ranks may finish apart.
+        grace: seconds that a worker has to end after SIGTERM, before SIGKILL.
+        command: what to run in place of `python -m mpsdk.worker`; the job's path is appended.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Progress:
     def summary(self, reason: str | None) -> str:
         """One line on what was reached. `reason`: why it ended; None when it was cut off."""
         elapsed = duration(time.monotonic() - self.started)
-        reached = f"{self.step:,} steps in {elapsed}"
+        reached = f"{self.step - self.first_step:,} steps in {elapsed}"
         if self.step < self.steps:
             reached = f"{reason or 'cut off'} at step {self.step:,} of {self.steps:,} after {elapsed}"
         parts = [reached]

@@ -50,7 +50,8 @@ class Reporter:
             if console.is_terminal and not console.is_dumb_terminal
             else PlainDisplay(console)
         )
-        self._curves = _event_file(Path(output_dir) / "tensorboard")
+        self._directory = Path(output_dir) / "tensorboard"
+        self._curves: EventFile | None = None
         self._handlers = {
             "start": self._start,
             "log": self._log_row,
@@ -77,6 +78,7 @@ class Reporter:
 
     def _start(self, event: dict[str, Any]) -> Sequence[object]:
         self._display.start(event)
+        self._curves = self._curves or _event_file(self._directory)
         if self._curves and event["step"]:
             self._curves.restart(event["step"])
         return [callback.on_start(event) for callback in self._callbacks]

@@ -129,9 +129,14 @@ def test_a_rank_that_raises_has_its_traceback_on_top(tmp_path):
 def test_a_killed_rank_is_the_cause_and_not_the_peer_that_lost_it(tmp_path):
     body = """
     note("step 3: backward 0")
+    def wait_for(path):
+        while not os.path.exists(os.environ["MPSDK_RUN_DIRECTORY"] + path):
+            time.sleep(0.01)
     if rank == 1:
-        time.sleep(0.3)
+        open(os.environ["MPSDK_RUN_DIRECTORY"] + "/begun", "w").close()
+        wait_for("/errors/rank-0.json")
         os.kill(os.getpid(), signal.SIGKILL)
+    wait_for("/begun")
     raise ConnectionResetError("Connection reset by peer")
     """
     report = report_of(tmp_path, body, within=10)
@@ -196,7 +201,7 @@ def test_a_rank_that_waits_is_not_hung_while_another_moves(tmp_path):
 
 
 def test_a_rank_has_longer_than_the_timeout_to_import_its_framework(tmp_path):
-    run(tmp_path, "time.sleep(2.5); note('step 1: forward 0')", timeout=2.0)
+    run(tmp_path, "time.sleep(1.5); note('step 1: forward 0')", world_size=1, timeout=1.0)
 
 
 def test_a_rank_that_others_gave_up_on_is_named_before_their_errors(tmp_path):
