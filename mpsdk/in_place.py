@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from mpsdk.backend import Place
 from mpsdk.launch.control import Control
@@ -21,7 +22,10 @@ def work_in_place(place: Place, output_dir: str, make: Callable[[], WorkOrder], 
     Only rank 0 resolves, reads the data and prepares it; what is wrong with them is raised on every rank. `emit` is
     told the events on rank 0.
     """
-    generation = f"{generation_from_environment()}-{next(_calls)}"
+    number = next(_calls)
+    generation = f"{generation_from_environment()}-{number}"
+    if place.store is not None:
+        place = replace(place, store=f"{place.store}-{number}")  # a rendezvous file serves once
     control = Control(output_dir, generation, place.rank, place.world_size, place.timeout, place.note)
     plain = control.decide("order", lambda: make().model_dump(mode="json"))
     order = WorkOrder.model_validate_json(json.dumps(plain))

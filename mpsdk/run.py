@@ -14,6 +14,7 @@ from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.inputs import Preparation
 from mpsdk.launch import Launcher, LocalLauncher, place_from_environment
 from mpsdk.report.history import History, Row
+from mpsdk.report.plan_table import plan_timeline
 from mpsdk.work_order import HISTORY_FILE, JOB_FILE, WorkOrder
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 EVALUATION_FILE = "evaluation.json"
 DATA_CACHE = "data"
 PICTURES = "pictures"
+LARGEST_PICTURE = 4096  # stages × microbatches: more bars than that nobody can tell apart
 
 
 class Evaluation(TypedDict):
@@ -209,13 +211,19 @@ class Background:
 
 
 def draw_pictures(run: Run) -> None:
-    """The loss over the run, as PNG and SVG in the run's `pictures`."""
+    """The loss over the run, and the schedule where there is a pipeline, as PNG and SVG in the run's `pictures`."""
     from mpsdk.report.pictures import loss_curve
+    from mpsdk.schedule.draw import draw
 
     folder = run.output_dir / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
+    plan = run.plan
     if run.history:
-        loss_curve(run.history, folder / "loss.png", title=run.plan.description.name)
+        loss_curve(run.history, folder / "loss.png", title=plan.description.name)
+    if plan.degrees.pp > 1 and len(plan.stages) * plan.microbatches <= LARGEST_PICTURE:
+        timeline = plan_timeline(plan)
+        for suffix in (".png", ".svg"):
+            draw(timeline, folder / f"schedule{suffix}")
 
 
 def _evaluation(loss: float, tokens: int) -> Evaluation:

@@ -61,7 +61,6 @@ class Work:
         self.samples_consumed = 0
         self._stop_wanted = False
         self.evaluation: tuple[float, int] | None = None  # the last one: loss, tokens
-        self._evaluated: int | None = None  # its step
         self._saved: int | None = None  # the step of the last checkpoint
         self._batch_layout = {
             "accumulation": self.training.accumulation,
@@ -102,18 +101,16 @@ class Work:
         while self.step < training.steps and not stopped:
             result = self._take_step(dataset, stream)
             clock.steps += 1
-            if self.step == 1 or self.step == training.steps or self.step % training.log_every == 0:
+            if self.step == 1 or self._is_due(training.log_every):
                 values = result.read(stop=self._stop_wanted or self.control.stop_requested)
                 self._refuse_divergence(values["loss"], last_finite)
                 self._log(values, clock.lap())
                 last_finite, stopped = self.step, values["stop"] > 0
             with clock.paused():
-                if training.evaluate_every and self.step % training.evaluate_every == 0:
+                if self._is_due(training.evaluate_every):
                     self._evaluate()
-                if checkpoints.every and self.step % checkpoints.every == 0:
+                if self._is_due(checkpoints.every):
                     self._save()
-        if self.step > start.step and not stopped:
-            self._evaluate()
         self._save()
         self._tell("end", step=self.step, reason="stopped" if self.step < training.steps else "finished")
 
@@ -163,10 +160,9 @@ class Work:
         self._tell("log", **row)
 
     def _evaluate(self) -> None:
-        """Loss over the validation data, once a step."""
-        if self.validation is None or self._evaluated == self.step:
+        """Loss over the validation data, if there are any."""
+        if self.validation is None:
             return
-        self._evaluated = self.step
         total = count = 0.0
         for number, batch in enumerate(evaluation_batches(self.validation, **self._batch_layout)):
             self.place.note(f"evaluation {self.step}: batch {number}")
@@ -231,6 +227,10 @@ class Work:
         )
 
     # -- small things -----------------------------------------------------------------------------------------------
+
+    def _is_due(self, every: int | None) -> bool:
+        """Whether something that happens every so many steps, and after the last, is to happen now."""
+        return self.step == self.training.steps or (every is not None and self.step % every == 0)
 
     def _find_start(self) -> Start:
         if self.order.mode == "train":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mpsdk.cost import partition_costs
 from mpsdk.report.display import quantity
-from mpsdk.schedule import Costs, simulate
+from mpsdk.schedule import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
     from mpsdk.plan import Plan
@@ -79,11 +79,15 @@ def _schedule(plan: Plan) -> str:
     if plan.degrees.pp == 1:
         return f"{microbatches}, one after another"
     virtual = f", {pipeline.virtual_stages} virtual stages a rank" if pipeline.virtual_stages > 1 else ""
-    compute = _stage_compute(plan)
-    backward = [2 * cost for cost in compute]
-    costs = Costs(forward=compute, backward=backward, backward_input=compute, backward_weight=compute)
-    bubble = simulate(plan.schedule, costs).bubble_fraction
+    bubble = plan_timeline(plan).bubble_fraction
     return f"{pipeline.schedule}{virtual}, {microbatches}, bubble {bubble:.1%} (messages left out)"
+
+
+def plan_timeline(plan: Plan) -> Timeline:
+    """One pass over the microbatches as it should run: an action takes as long as its stage has FLOPs, messages nothing."""
+    forward = _stage_compute(plan)
+    backward = [2 * cost for cost in forward]
+    return simulate(plan.schedule, Costs(forward, backward, backward_input=forward, backward_weight=forward))
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -8,11 +8,13 @@ everything and writes its share of the rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from mpsdk.backend import IGNORED_LABEL, WEIGHT, Batch, Place, RankState, Shard, StepResult, TensorSource
@@ -23,6 +25,7 @@ from mpsdk.launch.control import Control
 from mpsdk.plan import Plan
 
 Arrays = dict[str, NDArray[Any]]
+ROOT = Path(__file__).resolve().parents[2]
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -196,11 +199,16 @@ class _Result:
         }
 
 
-def install(directory: Path) -> None:
-    """Make `directory`, once it is on the path, an installed distribution with this backend under the name "fake"."""
-    folder = directory / "mpsdk_fake-0.dist-info"
+def install_for(patch: pytest.MonkeyPatch, site: Path) -> None:
+    """Install this backend under the name "fake" in `site`, on the path of this process and of those that it starts."""
+    folder = site / "mpsdk_fake-0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: mpsdk-fake\nVersion: 0\n")
     (folder / "entry_points.txt").write_text(
         f"[mpsdk.backends]\nfake = {__name__}:FakeBackend\n\n[mpsdk.limits]\nfake = {__name__}:limits\n"
     )
+    patch.syspath_prepend(str(site))
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(ROOT)]))
+    patch.setattr(FakeBackend, "reads", [])
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        patch.delenv(name, raising=False)

@@ -1,0 +1,360 @@
+"""The facade: what it refuses, what it plans, and whole runs on the numpy backend in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpsdk import Distribution, Estimator, Training
+from mpsdk.errors import CheckpointError, ConfigError, DataError, WorkerError
+from mpsdk.launch import LocalLauncher
+from mpsdk.report.callbacks import Callback
+from tests.core.fake_backend import FakeBackend
+from tests.core.jobs import MODEL, TEXT, TRAINING
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def estimator_in(directory: Path, **arguments: Any) -> Estimator:
+    """The small job on the fake backend; `arguments` replace its own, those of `training` one by one."""
+    training = {**TRAINING, **arguments.pop("training", {})}
+    return Estimator(
+        **{
+            "model": MODEL,
+            "framework": "fake",
+            "training": training,
+            "launcher": LocalLauncher(timeout=60),
+            "output_dir": directory / "run",
+            **arguments,
+        }
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+class Told(Callback):
+    """Keeps what it is told, and may ask for a stop at one step."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.events: list[tuple[str, int]] = []
+
+    def on_start(self, event: dict[str, Any]) -> None:
+        self.events.append(("start", event["step"]))
+
+    def on_log(self, row: dict[str, Any]) -> str | None:
+        self.events.append(("log", row["step"]))
+        return "stop" if row["step"] == self.stop_at else None
+
+    def on_evaluate(self, row: dict[str, Any]) -> None:
+        self.events.append(("evaluate", row["step"]))
+
+    def on_checkpoint(self, event: dict[str, Any]) -> None:
+        self.events.append(("checkpoint", event["step"]))
+
+    def on_end(self, event: dict[str, Any]) -> None:
+        self.events.append((event["reason"], event["step"]))
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+def fields(error: ConfigError) -> set[str]:
+    return {problem.field for problem in error.problems}
+
+
+def test_every_problem_of_the_arguments_is_in_one_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Estimator(
+            {"model_type": "gpt3"},
+            entry_point="train.py",
+            framework="jax",
+            distribution={"pipelin": 2, "tensor_parallel": 0},
+            training={"steps": 0},
+            launcher="slurm",
+            callbacks=[print],  # type: ignore[list-item]
+            hyperparameters={"lr": 1},
+        )
+    assert fields(caught.value) == {
+        "model.model_type",
+        "entry_point",
+        "framework",
+        "pipelin",
+        "tensor_parallel",
+        "training.steps",
+        "launcher",
+        "callbacks.0",
+    }
+    assert "did you mean pipeline?" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "words"),
+    [
+        ({}, "model", "is missing"),
+        ({"model": "nowhere/to/be/found"}, "model", "no such directory"),
+        ({"model": "package.module:factory"}, "model", "can't be trained yet"),
+        ({"model": print}, "model", "can't be trained yet"),
+        ({"model": {**MODEL, "n_embd": {1, 2}}}, "model.n_embd", ""),
+        ({"entry_point": "train.py"}, "entry_point", "give a model instead"),
+        ({"model": MODEL, "hyperparameters": {"lr": 1}}, "hyperparameters", "arguments of an entry_point"),
+        ({"model": MODEL, "launcher": object()}, "launcher", "must be the name of a launcher"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(arguments: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Estimator(**arguments)
+    assert field in fields(caught.value)
+    assert words in str(caught.value)
+
+
+def test_arguments_never_change() -> None:
+    estimator = Estimator(MODEL, training={"tokenizer": "bytes"})
+    with pytest.raises(FrozenInstanceError):
+        estimator.framework = "tensorflow"  # type: ignore[misc]
+
+
+def test_arguments_are_taken_as_objects_dicts_and_files(tmp_path: Path) -> None:
+    (tmp_path / "distribution.yaml").write_text("tensor_parallel: 2\n")
+    (tmp_path / "training.yaml").write_text("steps: 7\n")
+    files = Estimator(
+        MODEL, distribution=tmp_path / "distribution.yaml", training=str(tmp_path / "training.yaml")
+    )
+    objects = Estimator(MODEL, distribution=Distribution(tensor_parallel=2), training=Training(steps=7))
+    dicts = Estimator(MODEL, distribution={"tensor_parallel": 2}, training={"steps": 7})
+    assert files.distribution == objects.distribution == dicts.distribution
+    assert files.training == objects.training == dicts.training
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_lists_what_is_wrong_with_degrees_and_with_the_tokenizer() -> None:
+    estimator = Estimator(
+        {**MODEL, "vocab_size": 200},
+        distribution={"tensor_parallel": 3, "pipeline": 4},
+        training={"tokenizer": "bytes", "sequence_length": 17},
+    )
+    with pytest.raises(ConfigError) as caught:
+        estimator.plan(world_size=13)
+    assert {
+        "world_size",
+        "tensor_parallel.degree",
+        "pipeline.degree",
+        "training.sequence_length",
+        "training.tokenizer",
+    } <= fields(caught.value)
+    assert "ids up to 256, and the model's vocab_size is 200; it must be at least 257" in str(caught.value)
+
+
+def test_without_a_number_the_plan_is_for_as_many_ranks_as_the_launcher_would_start() -> None:
+    sharded = {"sharded_data_parallel": 2}
+    training = {"sequence_length": 16}
+    four = Estimator(MODEL, distribution=sharded, training=training, launcher=LocalLauncher(processes=4))
+    assert four.plan().world_size == 4
+    assert four.plan().degrees.dp == 2
+    with pytest.raises(ConfigError, match="world_size"):
+        four.plan(world_size=0)
+
+
+def test_a_plan_imports_no_framework() -> None:
+    code = (
+        f"import sys, mpsdk; plan = mpsdk.Estimator({MODEL!r}, training={{'tokenizer': 'bytes', 'sequence_length': 16}},"
+        " distribution={'pipeline': 2}).plan(world_size=2); assert 'stage' in str(plan);"
+        " print(*{'torch', 'tensorflow', 'transformers', 'jax'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+# -- fit -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake")
+def test_fit_trains_on_processes_of_its_own(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = Told()
+    estimator = estimator_in(
+        tmp_path, distribution={"sharded_data_parallel": 2, "checkpoint": 4}, callbacks=[told]
+    )
+    run = estimator.fit(train=corpus, validation=0.2)
+    assert [row["step"] for row in run.history if "loss" in row] == [1, 2, 4, 6, 8]
+    assert run.history[-1].keys() == {"step", "validation_loss"}
+    assert run.latest_checkpoint is not None and run.latest_checkpoint.endswith("step-00000008")
+    assert run.plan == estimator.plan(world_size=2)
+    assert {"loss.png", "loss.svg"} <= {picture.name for picture in run.pictures}
+    assert told.events == [
+        ("start", 0),
+        ("log", 1),
+        ("log", 2),
+        ("log", 4),
+        ("checkpoint", 4),
+        ("log", 6),
+        ("log", 8),
+        ("evaluate", 8),
+        ("checkpoint", 8),
+        ("finished", 8),
+    ]
+    assert str(run.plan) in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_callback_stops_a_run_and_the_next_fit_goes_on(tmp_path: Path, corpus: str) -> None:
+    slow = {"steps": 3000, "log_every": 1}
+    stopped = estimator_in(tmp_path, training=slow, callbacks=[Told(stop_at=2)]).fit(corpus)
+    step = stopped.history[-1]["step"]
+    assert 2 < step < 3000
+    told = Told()
+    estimator_in(tmp_path, training={"steps": step + 2, "log_every": 1}, callbacks=[told]).fit(corpus)
+    assert told.events[0] == ("start", step)
+    assert told.events[-1] == ("finished", step + 2)
+
+
+@pytest.mark.usefixtures("fake")
+def test_what_is_wrong_with_the_data_is_said_before_a_worker_starts(tmp_path: Path, corpus: str) -> None:
+    estimator = estimator_in(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        estimator.fit({"train": corpus, "test": corpus, "validation": 0.1}, validation=0.2)
+    assert fields(caught.value) == {"data.test", "data.validation"}
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        estimator.fit()
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        estimator.fit(corpus, validation=1.5)
+    with pytest.raises(DataError, match="no-such-file"):
+        estimator.fit(str(tmp_path / "no-such-file.txt"))
+    with pytest.raises(DataError, match="too few"):
+        estimator.fit([1, 2, 3])
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_model_without_a_tokenizer_is_planned_but_not_trained(tmp_path: Path, corpus: str) -> None:
+    estimator = estimator_in(tmp_path, training={"tokenizer": "auto"})
+    assert estimator.plan(world_size=1).world_size == 1
+    with pytest.raises(ConfigError, match=r"training\.tokenizer"):
+        estimator.fit(corpus)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_checkpoint_that_does_not_fit_is_refused_before_a_worker_starts(
+    tmp_path: Path, corpus: str
+) -> None:
+    estimator_in(tmp_path, training={"steps": 1}).fit(corpus)
+    for logs in (tmp_path / "run" / "logs").iterdir():
+        logs.unlink()
+    with pytest.raises(CheckpointError, match=r"shape \[257, 8\], and the model's has \[257, 16\]"):
+        estimator_in(tmp_path, model={**MODEL, "n_embd": 16}).fit(corpus)
+    with pytest.raises(ConfigError, match="holds checkpoints up to step 1"):
+        estimator_in(tmp_path).fit(corpus, resume="never")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        estimator_in(tmp_path).fit(corpus, resume=str(tmp_path / "nowhere"))
+    assert list((tmp_path / "run" / "logs").iterdir()) == []
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_workers_error_comes_back_with_its_rank(tmp_path: Path, corpus: str) -> None:
+    estimator = estimator_in(tmp_path, training={"learning_rate": 1e30, "log_every": 1, "steps": 50})
+    with pytest.raises(WorkerError, match=r"rank 0 of 1 failed.*training has diverged"):
+        estimator.fit(corpus)
+
+
+@pytest.mark.usefixtures("fake")
+def test_fit_without_waiting_comes_back_at_once(tmp_path: Path, corpus: str) -> None:
+    run = estimator_in(tmp_path).fit(corpus, wait=False)
+    assert run.latest_checkpoint is None
+    assert run.wait().latest_checkpoint is not None
+    failing = estimator_in(tmp_path / "b", training={"learning_rate": 1e30, "log_every": 1, "steps": 50})
+    failed = failing.fit(corpus, wait=False)
+    with pytest.raises(WorkerError, match="diverged"):
+        failed.wait()
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_job_file_says_what_fit_is_not_told(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {
+        "model": MODEL,
+        "training": TRAINING,
+        "data": {"train": corpus, "validation": corpus},
+        "output_dir": str(tmp_path / "run"),
+        "resume": "never",
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    estimator = Estimator.from_file(path)
+    assert estimator.training == Training.parse(TRAINING)
+    object.__setattr__(estimator, "framework", "fake")  # a job file names the frameworks that ship
+    run = estimator.fit()
+    assert run.history[-1]["step"] == 8 and "validation_loss" in run.history[-1]
+    with pytest.raises(ConfigError, match="holds checkpoints up to step 8"):
+        estimator.fit()
+
+
+# -- in place ------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_launcher_started_the_process_fit_works_in_place(
+    tmp_path: Path, corpus: str, fake: type[FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    told = Told()
+    estimator = estimator_in(tmp_path, callbacks=[told])
+    run = estimator.fit(corpus, validation=0.2)
+    assert fake.reads == [1, 2, 4, 6, 8]  # it trained here
+    assert told.events[-1] == ("finished", 8)
+    assert not (tmp_path / "run" / "logs").exists()
+    assert run.evaluate(corpus)["loss"] == pytest.approx(run.history[-1]["validation_loss"], rel=0.1)
+
+
+@pytest.mark.usefixtures("fake")
+def test_ranks_in_place_agree_also_on_what_is_wrong(tmp_path: Path, corpus: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+from mpsdk import Estimator
+from mpsdk.errors import DataError
+estimator = Estimator({MODEL!r}, framework="fake", training={TRAINING!r}, output_dir={str(tmp_path / "run")!r})
+try:
+    estimator.fit("missing.txt")
+except DataError as error:
+    print("refused:", error)
+run = estimator.fit({corpus!r})
+print("trained", run.plan.world_size, run.history[-1]["step"], run.evaluate({corpus!r})["tokens"])
+"""
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MPSDK_GENERATION": "here",
+                "MPSDK_STORE": str(tmp_path / "store"),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        output = rank.communicate(timeout=60)[0]
+        assert rank.returncode == 0, output
+        assert "refused: " in output and "missing.txt" in output
+        assert "trained 2 8 2" in output
