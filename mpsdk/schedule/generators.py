@@ -110,19 +110,17 @@ def zb_v(degree: int, microbatches: int, virtual_stages: int) -> Orders:
     whole = max(microbatches, 2 * degree - 1)
 
     def order(rank: int) -> Iterator[Action]:
-        down, up = rank, 2 * degree - 1 - rank  # the two stages, named by the leg of the V that they lie on
+        down, up = rank, 2 * degree - 1 - rank  # the rank's stages, one on each leg of the V
         f_down, i_down, w_down = ((kind, down) for kind in _SPLIT)
         f_up, i_up, w_up = ((kind, up) for kind in _SPLIT)
-        below, warm = (
-            degree - rank,
-            2 * degree - 1 - rank,
-        )  # ranks from here to the tip; forwards down before turns
-        phases = (
+        below = degree - rank  # ranks from here to the tip
+        begun = below + degree - 1  # forwards down in the first two phases
+        phases = (  # what is done in turn, and how many times
             ((f_down,), 2 * below - 1),
             ((f_up, f_down), rank),
             ((f_up, i_up, w_up), below),
-            ((f_down, i_down, w_down, f_up, i_up, w_up), whole - warm),
-            ((i_down, w_down, f_up, i_up, w_up), warm - degree),
+            ((f_down, i_down, w_down, f_up, i_up, w_up), whole - begun),
+            ((i_down, w_down, f_up, i_up, w_up), begun - degree),
             ((i_down, i_up), rank),
             ((i_down, w_down), below),
             ((w_up,), rank),
@@ -154,15 +152,11 @@ def forward_only(degree: int, microbatches: int, stage_rank: tuple[int, ...]) ->
         start = rounds * len(stage_rank) + offset if looped else virtual_stages * action.microbatch
         return start + action.stage
 
-    rows = [_row(Kind.FORWARD, stage, microbatches) for stage in range(len(stage_rank))]
-    return tuple(
-        tuple(
-            sorted(
-                chain(*(row for row, owner in zip(rows, stage_rank, strict=True) if owner == rank)), key=slot
-            )
-        )
-        for rank in range(degree)
-    )
+    def row(rank: int) -> Iterator[Action]:
+        stages = (stage for stage, owner in enumerate(stage_rank) if owner == rank)
+        return chain.from_iterable(_row(Kind.FORWARD, stage, microbatches) for stage in stages)
+
+    return tuple(tuple(sorted(row(rank), key=slot)) for rank in range(degree))
 
 
 def loop(degree: int, virtual_stages: int) -> tuple[int, ...]:
@@ -179,10 +173,9 @@ def vee(degree: int, virtual_stages: int) -> tuple[int, ...]:
 class Generator:
     """How a schedule is made, and for which sizes there is one."""
 
-    orders: Callable[[int, int, int], Orders]  # (degree, microbatches, virtual stages)
-    placement: Callable[[int, int], tuple[int, ...]] = (
-        loop  # (degree, virtual stages) -> the rank of each stage
-    )
+    orders: Callable[[int, int, int], Orders]  # of degree, microbatches, virtual stages
+    # of degree, virtual stages: the rank of each stage
+    placement: Callable[[int, int], tuple[int, ...]] = loop
     virtual_stages: tuple[int, int | None] = (1, 1)  # fewest and most
     least_degree: int = 1
     whole_rounds: bool = False  # microbatches must be a multiple of degree
