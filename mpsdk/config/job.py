@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 from mpsdk.config.base import Section, rule
 from mpsdk.config.distribution import Distribution
 from mpsdk.config.document import Document
-from mpsdk.config.fields import Count, PathText, Positive, Text
+from mpsdk.config.fields import Count, PathText, Positive, Share, Text
 from mpsdk.config.training import Training
 from mpsdk.config.wording import Accepts
 from mpsdk.errors import Problem
@@ -24,7 +24,10 @@ class Data(Section):
     train: PathText | None = Field(
         default=None, description="Training data. None: nothing to train on, only to plan."
     )
-    validation: PathText | None = Field(default=None, description="Validation data. None: no evaluation.")
+    validation: Share | PathText | None = Field(
+        default=None,
+        description="Validation data. A number: that share of the training data, at its end. None: no evaluation.",
+    )
 
 
 class Launch(Section):

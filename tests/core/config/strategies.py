@@ -142,7 +142,11 @@ def jobs() -> st.SearchStrategy[dict[str, Any]]:
         framework=st.sampled_from(["torch", "tensorflow"]),
         distribution=distributions(),
         training=trainings(),
-        data=paths | sections(train=st.none() | paths, validation=st.none() | paths),
+        data=paths
+        | sections(
+            train=st.none() | paths,
+            validation=st.none() | paths | numbers(0, 1, exclude_min=True, exclude_max=True),
+        ),
         launcher=paths
         | sections(name=paths, processes=st.none() | counts, timeout=numbers(0, 1e6, exclude_min=True)),
         output_dir=paths,

@@ -63,7 +63,7 @@ def test_the_schema_takes_every_valid_configuration(document: type[Document], da
 
 
 @each_document
-@settings(quick, max_examples=500)
+@settings(quick, max_examples=200)
 @given(data=st.data())
 def test_anything_json_like_gives_a_document_or_one_config_error(
     document: type[Document], data: st.DataObject
