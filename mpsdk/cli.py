@@ -1,0 +1,256 @@
+"""The command line: the objects of the Python API, and nothing of its own.
+
+Each command imports what it needs, so that `mpsdk --help` is quick and `mpsdk plan` imports no framework.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpsdk.errors import CheckpointError, ConfigError, MpsdkError
+
+if TYPE_CHECKING:
+    from mpsdk.checkpoint import Checkpoint, Summary
+
+WRONG_CONFIGURATION = 2  # the exit code, which is also that of a wrong option
+FAILED = 1
+
+app = typer.Typer(
+    name="mpsdk",
+    help="Train one model on many processes: a job file says how it is spread, a plan says what that comes to.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+checkpoint_app = typer.Typer(help="Look at checkpoints, and check every byte of them.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+JobFile = Annotated[
+    str, typer.Argument(metavar="JOB", help="The job file, YAML or JSON.", show_default=False)
+]
+CheckpointPath = Annotated[
+    str,
+    typer.Argument(metavar="PATH", help="A checkpoint, or a directory of checkpoints.", show_default=False),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that `arguments` say, by default the process's own, and exit.
+
+    An error that mpsdk raises on purpose is shown without a traceback.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="mpsdk")
+    except MpsdkError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(WRONG_CONFIGURATION if isinstance(error, ConfigError) else FAILED)
+
+
+# -- plan and run ------------------------------------------------------------------------------------------------------
+
+
+def _in_existing_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {path.parent}")
+    return path
+
+
+def _picture(path: Path | None) -> Path | None:
+    if path is not None and path.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"{path.name} must end in .svg or .png")
+    return _in_existing_folder(path)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks to plan for; by default as many as would be started here."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the plan there, as JSON.", callback=_in_existing_folder)
+    ] = None,
+    schedule_picture: Annotated[
+        Path | None, typer.Option(help="Draw the pipeline schedule there, as SVG or PNG.", callback=_picture)
+    ] = None,
+) -> None:
+    """Show what a job comes to. Starts no process and imports no framework."""
+    from mpsdk.estimator import Estimator
+
+    planned = Estimator.from_file(job).plan(world_size=world_size)
+    print(planned.to_json() if as_json else planned)
+    if save is not None:
+        planned.save(save)
+    if schedule_picture is not None:
+        from mpsdk.schedule import simulate
+        from mpsdk.schedule.draw import draw
+
+        draw(simulate(planned.schedule), schedule_picture)
+
+
+@app.command()
+def run(
+    job: JobFile,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: from the newest checkpoint that verifies, if there is one; never; or a checkpoint's path. "
+            "By default as the job file says.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train as a job file says. Under torchrun and the like, works as one of the processes that are there."""
+    from mpsdk.estimator import Estimator
+
+    Estimator.from_file(job).fit(resume=resume)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@checkpoint_app.command()
+def inspect(
+    path: CheckpointPath,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of a checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Show what a checkpoint holds, or which checkpoints a directory holds. Reads manifests only."""
+    from mpsdk.checkpoint import Checkpoint, find
+
+    inside = find(path)
+    if inside and not tensors:
+        opened, failures = _open_all(inside)
+        summaries = [checkpoint.describe() for checkpoint in opened]
+        if as_json:
+            print(json.dumps([summary.model_dump(mode="json") for summary in summaries], indent=1))
+        else:
+            _print_checkpoints(summaries)
+        _fail_with(failures)
+        return
+    checkpoint = Checkpoint.open(path)
+    summary = checkpoint.describe()
+    shapes = {slot: checkpoint.shapes(slot) for slot in summary.slots}
+    if as_json:
+        print(json.dumps(summary.model_dump(mode="json") | ({"shapes": shapes} if tensors else {}), indent=1))
+        return
+    print(summary)
+    if tensors:
+        print()
+        _print_shapes(shapes)
+
+
+@checkpoint_app.command()
+def verify(path: CheckpointPath) -> None:
+    """Check every byte of a checkpoint, or of all in a directory. The exit code is 1 when one is damaged."""
+    from mpsdk.checkpoint import find
+
+    opened, failures = _open_all(find(path) or [path])
+    for checkpoint in opened:
+        try:
+            checkpoint.verify()
+        except CheckpointError as error:
+            failures.append(error)
+        else:
+            print(f"{checkpoint.path}: intact")
+    _fail_with(failures)
+
+
+def _open_all(paths: Iterable[str]) -> tuple[list[Checkpoint], list[CheckpointError]]:
+    """Those that can be opened, and why the others can't: one bad checkpoint doesn't hide the rest."""
+    from mpsdk.checkpoint import Checkpoint
+
+    opened: list[Checkpoint] = []
+    failures: list[CheckpointError] = []
+    for path in paths:
+        try:
+            opened.append(Checkpoint.open(path))
+        except CheckpointError as error:
+            failures.append(error)
+    return opened, failures
+
+
+def _fail_with(failures: Sequence[CheckpointError]) -> None:
+    if failures:
+        raise CheckpointError("\n".join(str(failure) for failure in failures))
+
+
+def _print_checkpoints(summaries: Iterable[Summary]) -> None:
+    rows = (
+        (
+            summary.path,
+            f"{summary.step:,}",
+            f"{summary.samples_consumed:,}",
+            f"{summary.framework}, {' · '.join(f'{axis} {n}' for axis, n in summary.layout.items() if n > 1) or '1 rank'}",
+            f"{summary.parameters:,}",
+            f"{summary.bytes:,}",
+        )
+        for summary in summaries
+    )
+    _print_table(("checkpoint", "step", "samples", "written by", "parameters", "bytes"), rows, left=(0, 3))
+
+
+def _print_shapes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """One row a tensor: its shape, and which slots hold it."""
+    shape_of = {name: shape for of_slot in shapes.values() for name, shape in of_slot.items()}
+    rows = (
+        (name, " × ".join(map(str, shape)), ", ".join(slot for slot in shapes if name in shapes[slot]))
+        for name, shape in shape_of.items()
+    )
+    _print_table(("tensor", "shape", "slots"), rows, left=(0, 2))
+
+
+def _print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int]) -> None:
+    """A table as wide as it needs to be, so that a pipe gets whole lines. Columns `left` are aligned to the left."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="left" if number in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    console.width = max(
+        console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    )
+    console.print(table)
+
+
+# -- schema ------------------------------------------------------------------------------------------------------------
+
+
+class Part(StrEnum):
+    """What there is a schema of."""
+
+    DISTRIBUTION = "distribution"
+    TRAINING = "training"
+    JOB = "job"
+
+
+@app.command()
+def schema(
+    part: Annotated[Part, typer.Argument(help="Of which file.")] = Part.JOB,
+) -> None:
+    """Print the JSON schema of a file, with which an editor completes and checks it."""
+    from mpsdk.config import Distribution, Job, Training
+
+    documents = {Part.DISTRIBUTION: Distribution, Part.TRAINING: Training, Part.JOB: Job}
+    print(json.dumps(documents[part].json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()
