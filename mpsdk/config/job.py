@@ -55,16 +55,16 @@ class Job(Document):
     model: (
         Annotated[
             PathText | dict[str, JsonValue],
-            Accepts("a path", '"package.module:factory"', "a section of JSON values"),
+            Accepts("a path", "a name on the hub", '"package.module:factory"', "a section of JSON values"),
         ]
         | None
     ) = Field(
         default=None,
-        description="A Hugging Face model directory, a callable that makes a model, or the fields of a Hugging "
-        "Face `config.json` with `model_type` (initial weights, no tokenizer).",
+        description="A Hugging Face model: its directory, its name on the hub, or the fields of its `config.json` with "
+        "`model_type` (initial weights, no tokenizer). A callable that makes a model is refused so far.",
     )
     entry_point: PathText | None = Field(
-        default=None, description="A training script of your own, instead of `model`."
+        default=None, description="A training script of your own, instead of `model`. Refused so far."
     )
     framework: Literal["torch", "tensorflow"] = Field(default="torch", description="Which framework trains.")
     distribution: Distribution = Field(

@@ -25,7 +25,8 @@ class Training(Document):
     """
 
     objective: Literal["causal-lm", "masked-lm", "sequence-classification", "token-classification"] = Field(
-        default="causal-lm", description="What the model learns to predict."
+        default="causal-lm",
+        description='What the model learns to predict. So far a plan takes only "causal-lm".',
     )
     steps: Count = Field(default=100, description="Optimizer steps of the whole run, resumed parts included.")
     global_batch: Count = Field(default=8, description="Sequences of one optimizer step, over all ranks.")

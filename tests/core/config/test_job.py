@@ -46,7 +46,7 @@ def test_model_may_be_a_hugging_face_configuration() -> None:
         (
             {"model": {"model_type": "gpt2", "n": object}},
             "model",
-            'must be a path, "package.module:factory", a section of JSON values, or None',
+            'must be a path, a name on the hub, "package.module:factory", a section of JSON values, or None',
         ),
         (
             {"model": "a", "framework": "pytorch"},
