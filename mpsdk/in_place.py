@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpsdk.backend import Place
-from mpsdk.launch.control import Control
+from mpsdk.launch.control import Control, control_directory
 from mpsdk.launch.environment import generation_from_environment
 from mpsdk.work_order import WorkOrder
 from mpsdk.worker import Emit, Work
@@ -24,8 +24,9 @@ def work_in_place(place: Place, output_dir: str, make: Callable[[], WorkOrder], 
     """
     number = next(_calls)
     generation = f"{generation_from_environment()}-{number}"
-    if place.store is not None:
-        place = replace(place, store=f"{place.store}-{number}")  # a rendezvous file serves once
+    if number:
+        # The launcher's rendezvous still has the addresses of the call before. The output directory is shared anyway.
+        place = replace(place, store=str(control_directory(output_dir, generation) / "store"))
     control = Control(output_dir, generation, place.rank, place.world_size, place.timeout, place.note)
     plain = control.decide("order", lambda: make().model_dump(mode="json"))
     order = WorkOrder.model_validate_json(json.dumps(plain))
