@@ -27,7 +27,7 @@ def plan_text(plan: Plan) -> str:
     for name, value in _facts(plan):
         facts.add_row(name, Text(value))
     stages = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    for name in ("stage", "on pp rank", "blocks", "parameters", "of them a tp rank's", "compute"):
+    for name in ("stage", "pp rank", "blocks", "parameters", "a tp rank's part", "compute"):
         stages.add_column(name, justify="right")
     for row in _stages(plan):
         stages.add_row(*row)
@@ -42,19 +42,22 @@ def plan_text(plan: Plan) -> str:
 def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     distribution, training = plan.distribution, plan.training
     model, degrees = plan.description, plan.degrees
-    tokens = f"{quantity(model.parameters)} parameters in {_count(len(model.blocks), 'block')}"
-    yield "model", f"{model.name}, {tokens}"
+    yield (
+        "model",
+        f"{model.name}, {quantity(model.parameters)} parameters in {_count(len(model.blocks), 'block')}",
+    )
     spread = " · ".join(f"{axis} {degree}" for axis, degree in degrees._asdict().items())
     yield "ranks", f"{plan.world_size} = {spread}, placed {plan.placement}; {plan.framework}"
+    sequences = _count(training.global_batch, "sequence")
     yield (
         "global batch",
-        f"{training.global_batch} sequences of {training.sequence_length} tokens = microbatch size {plan.microbatch_size}"
-        f" × {_count(plan.microbatches, 'microbatch', 'es')} × {_count(plan.data_size, 'data rank')}"
-        f" × accumulation {training.accumulation}",
+        f"{sequences} = microbatch size {plan.microbatch_size} × {_count(plan.microbatches, 'microbatch', 'es')}"
+        f" × {_count(plan.data_size, 'data rank')} × accumulation {training.accumulation}",
     )
+    tokens = f"{sequences} × {training.sequence_length} tokens = {plan.tokens_per_step:,} tokens"
+    yield "step", f"{tokens}; {_count(training.steps, 'step')}"
     yield "schedule", _schedule(plan)
-    yield "tokens a step", f"{plan.tokens_per_step:,} for {_count(training.steps, 'step')}"
-    if plan.data_size > 1 and degrees.sdp > 1:
+    if degrees.sdp > 1:
         sharding = distribution.sharded_data_parallel
         yield "sharding", f"{sharding.level} over {degrees.sdp} ranks, {sharding.prefetch} prefetched"
     if degrees.tp > 1:

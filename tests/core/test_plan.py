@@ -294,7 +294,8 @@ def test_a_printed_plan_shows_degrees_batch_schedule_stages_and_hash() -> None:
     assert max(map(len, text.splitlines())) <= WIDTH
     for words in (
         "12 = pp 2 · dp 1 · sdp 2 · cp 1 · tp 3",
-        "8 sequences of 12 tokens = microbatch size 1 × 4 microbatches × 2 data ranks × accumulation 1",
+        "8 sequences = microbatch size 1 × 4 microbatches × 2 data ranks × accumulation 1",
+        "8 sequences × 12 tokens = 96 tokens; 100 steps",
         "1f1b, 4 microbatches, bubble 2",
         "gradients over 2 ranks",
         "bf16",
