@@ -83,6 +83,7 @@ def _named(order: WorkOrder) -> Checkpoint | None:
             raise _occupied(order, f"holds checkpoints up to step {newest}")
         return None
     checkpoint = Checkpoint.open(order.resume)
+    checkpoint.verify(payload=False)  # tensors are verified as they are read
     check_fits(checkpoint, order.plan)
     if order.mode == "train" and newest > checkpoint.step:
         raise _occupied(order, f"holds checkpoints up to step {newest}, newer than step {checkpoint.step}")

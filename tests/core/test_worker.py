@@ -18,6 +18,7 @@ from mpsdk.checkpoint import Checkpoint, find
 from mpsdk.errors import CheckpointError, ConfigError, WorkerError
 from mpsdk.launch.control import request_stop
 from mpsdk.report.history import History
+from mpsdk.resume import expected_checkpoint
 from mpsdk.work_order import WorkOrder
 from tests.core.fake_backend import FakeBackend
 from tests.core.jobs import order_in, work
@@ -287,6 +288,22 @@ def test_an_older_checkpoint_is_refused_while_newer_ones_lie_beside_it(tmp_path:
         work(back)
     shutil.rmtree(find(order.checkpoints)[0])
     assert kinds(work(back))[1] == ("resume", 4)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_not_trained_on(tmp_path: Path) -> None:
+    first = order_in(tmp_path / "first", steps=4)
+    work(first)
+    (file,) = Path(find(first.checkpoints)[0]).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    second = order_in(tmp_path / "second", steps=6, resume=find(first.checkpoints)[0])
+    assert expected_checkpoint(second) is not None  # what costs little to know is right
+    with pytest.raises(CheckpointError, match="is damaged"):
+        work(second)
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="is truncated"):
+        expected_checkpoint(second)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tmp_path: Path) -> None:
