@@ -52,7 +52,7 @@ def core(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Pyright: strict in the core, standard elsewhere."""
+    """Pyright: strict in the core, basic elsewhere."""
     python = shared(session, "torch", "hf", "types")
     session.run(python, "-m", "pyright", "-p", "pyproject.toml", "--pythonpath", python, *session.posargs)
 

@@ -28,7 +28,7 @@ PROMPT = "My lord, "
 
 def main() -> int:
     job = Job.from_file(JOB)
-    assert job.data.validation is not None
+    assert isinstance(job.data.validation, str)
 
     run = Estimator.from_file(JOB).fit()  # prints the plan, then progress; a run that was broken off goes on
     loss = [row["validation_loss"] for row in run.history if "validation_loss" in row][-1]
