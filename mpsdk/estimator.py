@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,13 @@ from mpsdk.work_order import JOB_FILE, WorkOrder
 
 if TYPE_CHECKING:
     from mpsdk.report.callbacks import Callback
+    from mpsdk.report.reporter import Reporter
 
 Model = str | os.PathLike[str] | Mapping[str, object] | TransformerSpec
 CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -229,8 +233,6 @@ class Estimator:
             mode="train",
             plan=plan,
             output_dir=str(self.output_dir.resolve()),
-            checkpoints=plan.distribution.checkpoint.directory
-            or str(self.output_dir.resolve() / "checkpoints"),
             resume=resume,
             model_directory=directory,
             pretrained=read.directory is not None and _has_weights(read.directory),
@@ -250,7 +252,7 @@ class Estimator:
         reporter = Reporter(self.output_dir, self.callbacks)
 
         def on_event(event: dict[str, Any]) -> object:
-            answer = reporter.handle(event)
+            answer = _report(reporter, event)
             return "stop" if stop() else answer
 
         try:
@@ -272,7 +274,7 @@ class Estimator:
             return order
 
         def emit(event: dict[str, Any]) -> object:
-            return reporter.handle(event) if reporter else None
+            return _report(reporter, event) if reporter else None
 
         try:
             work_in_place(place, str(self.output_dir), order, emit)
@@ -283,6 +285,12 @@ class Estimator:
         if place.rank == 0:
             draw_pictures(run)
         return run
+
+
+def _report(reporter: Reporter, event: dict[str, Any]) -> object:
+    for warning in event.pop("warnings", ()):
+        _log.warning(warning)
+    return reporter.handle(event)
 
 
 def _has_weights(directory: Path) -> bool:

@@ -8,7 +8,6 @@ removed for the user.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,6 @@ from mpsdk.work_order import WorkOrder
 AUTO = "auto"
 NEVER = "never"
 
-_log = logging.getLogger(__name__)
-
 
 class Start(NamedTuple):
     """Where the loop begins. `step` and `samples_consumed` count what is done already."""
@@ -35,6 +32,7 @@ class Start(NamedTuple):
     step: int = 0
     samples_consumed: int = 0
     own: bool = False  # the checkpoint is one of this run's, not another's
+    warnings: tuple[str, ...] = ()  # what was passed over, and why
 
 
 def find_start(order: WorkOrder) -> Start:
@@ -44,8 +42,9 @@ def find_start(order: WorkOrder) -> Start:
         ConfigError: the checkpoint directory holds another line of training.
         CheckpointError: the checkpoint is damaged or doesn't fit the plan, or all of this run's are damaged.
     """
+    warnings: list[str] = []
     if order.resume == AUTO:
-        checkpoint = latest_verified(order.checkpoints, _log.warning)
+        checkpoint = latest_verified(order.checkpoints, warnings.append)
         if checkpoint is not None:
             check_fits(checkpoint, order.plan)
     else:
@@ -54,7 +53,7 @@ def find_start(order: WorkOrder) -> Start:
         return Start()
     here = os.path.realpath(step_directory(order.checkpoints, checkpoint.step))
     own = os.path.realpath(checkpoint.path) == here
-    return Start(checkpoint.path, checkpoint.step, checkpoint.samples_consumed, own)
+    return Start(checkpoint.path, checkpoint.step, checkpoint.samples_consumed, own, tuple(warnings))
 
 
 def expected_checkpoint(order: WorkOrder) -> Checkpoint | None:

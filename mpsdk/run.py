@@ -60,7 +60,10 @@ class Run:
 
     @cached_property
     def _order(self) -> WorkOrder:
-        return WorkOrder.load(self.output_dir / JOB_FILE)
+        order = WorkOrder.load(self.output_dir / JOB_FILE)
+        return order.model_copy(
+            update={"output_dir": str(self.output_dir.resolve())}
+        )  # it may have been moved
 
     @property
     def plan(self) -> Plan:

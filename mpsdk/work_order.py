@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from mpsdk.backend import TensorSource
+from mpsdk.checkpoint.storage import is_remote
 from mpsdk.data.dataset import Dataset, Part
 from mpsdk.errors import MpsdkError
 from mpsdk.families.registry import family_of
@@ -45,7 +46,6 @@ class WorkOrder(BaseModel):
     mode: Literal["train", "evaluate"]
     plan: Plan
     output_dir: str
-    checkpoints: str  # the directory that holds this run's checkpoints
     resume: str  # "auto", "never", or the path of a checkpoint; evaluating always names one
     model_directory: str | None = (
         None  # a Hugging Face directory: its tokenizer, and its weights if it has any
@@ -54,6 +54,14 @@ class WorkOrder(BaseModel):
     hf_config: dict[str, JsonValue] = {}  # what the model's configuration said, for the export
     train: PreparedData | None = None
     validation: PreparedData | None = None
+
+    @property
+    def checkpoints(self) -> str:
+        """The directory that holds this run's checkpoints."""
+        chosen = self.plan.distribution.checkpoint.directory
+        if chosen is None:
+            return os.path.join(self.output_dir, "checkpoints")
+        return chosen if is_remote(chosen) else os.path.abspath(chosen)
 
     def initial_weights(self) -> TensorSource:
         """Where a run gets its weights from that starts without a checkpoint."""

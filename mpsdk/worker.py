@@ -141,7 +141,7 @@ class Work:
             tokens_per_step=self.plan.tokens_per_step,
         )
         if start.checkpoint is not None:
-            self._tell("resume", step=start.step, path=start.checkpoint)
+            self._tell("resume", step=start.step, path=start.checkpoint, warnings=start.warnings)
 
     def _log(self, values: Mapping[str, float], step_seconds: float) -> None:
         row: dict[str, Any] = {

@@ -68,7 +68,6 @@ def order_in(
         mode="train",
         plan=plan,
         output_dir=str(directory),
-        checkpoints=str(directory / "checkpoints"),
         resume=resume,
         train=train,
         validation=train.model_copy(update={"part": "validation"}) if validation else None,

@@ -304,6 +304,19 @@ def test_a_job_file_says_what_fit_is_not_told(
         estimator.fit()
 
 
+@pytest.mark.usefixtures("fake")
+def test_a_damaged_checkpoint_that_is_passed_over_is_a_warning_here(
+    tmp_path: Path, corpus: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = {"distribution": {"checkpoint": 4}, "training": {"steps": 8}}
+    run = estimator_in(tmp_path, **job).fit(corpus)
+    assert run.latest_checkpoint is not None
+    for file in Path(run.latest_checkpoint).glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    estimator_in(tmp_path, **job).fit(corpus)
+    assert "step-00000008 is damaged and passed over" in caplog.text
+
+
 # -- in place ------------------------------------------------------------------------------------------------------
 
 

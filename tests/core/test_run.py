@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_a_run_is_found_again_by_its_directory(finished: Path) -> None:
     assert run.latest_checkpoint == str(finished.resolve() / "checkpoints" / "step-00000008")
     assert {picture.name for picture in run.pictures} == {"loss.png", "loss.svg"}
     assert run.wait() is run
+
+
+def test_a_run_can_be_moved(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "moved")
+    run = Run.load(tmp_path / "moved")
+    assert run.latest_checkpoint is not None and run.latest_checkpoint.startswith(str(tmp_path / "moved"))
 
 
 def test_where_no_run_was_made_there_is_none_to_load(tmp_path: Path) -> None:

@@ -235,15 +235,17 @@ def test_what_an_interrupted_save_left_is_removed_at_the_next_start(tmp_path: Pa
     assert not left.exists()
 
 
-def test_auto_passes_over_a_damaged_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path: Path) -> None:
     order = order_in(tmp_path, steps=8, distribution=EVERY_4)
     work(order)
     (file,) = Path(find(order.checkpoints)[0]).glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert kinds(work(order))[1] == ("resume", 4)
-    assert "step-00000008 is damaged" in caplog.text
+    resume = work(order)[1]
+    assert (resume["event"], resume["step"]) == ("resume", 4)
+    (warning,) = resume["warnings"]
+    assert "step-00000008 is damaged and passed over" in warning
 
 
 def test_auto_refuses_to_start_over_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
