@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from mpsdk.checkpoint.files import Files, read_manifest
@@ -42,13 +41,12 @@ def find_damage(
     readable: list[Chunk] = []
     for name, chunks in chunks_of.items():
         try:
-            held = Counter(files.header(name).keys())
+            held = files.header(name).keys()
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        stated = Counter(chunk.key for chunk in chunks)
-        problems += [f"{name}: {key} is not in the manifest" for key in held - stated]
-        problems += [f"{name}: the manifest names {key} more than once" for key in stated if stated[key] > 1]
+        stated = {chunk.key for chunk in chunks}
+        problems += [f"{name}: {key} is not in the manifest" for key in held if key not in stated]
         for chunk in chunks:
             try:
                 files.span(chunk)

@@ -18,12 +18,17 @@ from tests.core.checkpoint.samples import meta, row_shards, save, shard, tensors
 Parts = list[dict[str, Any]]
 
 
+def snapshot(root: Path) -> dict[Path, tuple[int, int, int]]:
+    found = {path: path.stat() for path in root.rglob("*")}
+    return {path: (status.st_ino, status.st_size, status.st_mtime_ns) for path, status in found.items()}
+
+
 def refusal(root: Path, parts: Parts, description: dict[str, object] | None = None) -> str:
     """The error of committing step 20, which leaves everything as it was."""
-    before = {path: path.stat() for path in root.rglob("*")}
+    before = snapshot(root)
     with pytest.raises(CheckpointError) as error:
         commit(step_directory(root, 20, 1), step_directory(root, 20), parts, description or meta(20))
-    assert {path: path.stat() for path in root.rglob("*")} == before
+    assert snapshot(root) == before
     return str(error.value)
 
 

@@ -283,6 +283,25 @@ def test_an_edited_manifest_with_a_new_digest_is_still_found_out(path: Path, kin
     assert said in damage_of(path)
 
 
+def test_bytes_that_no_tensor_covers_are_found_in_spite_of_an_edited_length(path: Path):
+    size = (path / RANKS[0]).stat().st_size
+    with (path / RANKS[0]).open("ab") as stream:
+        stream.write(b"unverified")
+    edit(path, lambda content: content["files"][RANKS[0]].update(bytes=size + 10))
+    assert f"{RANKS[0]}: its tensors end at byte {size}, the file at {size + 10}" in damage_of(path)
+
+
+def test_a_tensor_of_another_shape_than_its_file_says_is_found(path: Path):
+    def reshape(content: dict[str, Any]) -> None:
+        tensor = content["tensors"]["weight/head.norm.weight"]
+        tensor["shape"] = [2, 2]
+        for number, chunk in enumerate(tensor["chunks"]):
+            chunk.update(offset=[number, 0], shape=[1, 2])
+
+    edit(path, reshape)
+    assert f"{RANKS[1]} holds no weight/head.norm.weight/0 of shape [1, 2]" in damage_of(path)
+
+
 @pytest.mark.parametrize("kind", ["hole", "overlap", "moved", "key of nothing", "digest of a chunk"])
 def test_a_slice_is_not_read_from_under_an_edited_manifest(path: Path, kind: str):
     edit(path, EDITS[kind][0])
