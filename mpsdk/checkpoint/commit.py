@@ -176,7 +176,7 @@ def _put(storage: Storage, source: str, target: str) -> None:
         if storage.entries(aside):
             storage.remove_directory(aside)
         storage.move(target, aside)
-    elif foreign := sorted(name for name in old if not re.match(RANK_FILE_PATTERN, name)):
+    elif foreign := sorted(name for name in old if not re.fullmatch(RANK_FILE_PATTERN, name)):
         raise FileExistsError(f"{target} is not a checkpoint, it holds {foreign[0]!r}: move it away")
     elif old:
         storage.remove_directory(target)  # what an interrupted move to a store without rename left

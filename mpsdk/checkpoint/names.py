@@ -10,14 +10,14 @@ from mpsdk.checkpoint.storage import MANIFEST_FILE, Location, Storage, is_remote
 from mpsdk.errors import CheckpointError
 
 RANK_FILE_PATTERN = r"^rank-[0-9]{5,9}\.safetensors$"
-SLOT_PATTERN = r"^[a-z][a-z0-9_]{0,63}$"
+SLOT_PATTERN = r"[a-z][a-z0-9_]{0,63}"
 REPLACED = ".replaced"
 TEMPORARY = ".tmp-"
 LONGEST_TENSOR_NAME = 1024
 
-_STEP = re.compile(r"^step-([0-9]{8,18})(\.replaced)?$")
-_TEMPORARY = re.compile(r"^step-[0-9]{8,18}(?:\.replaced)?\.tmp-([A-Za-z0-9_-]{1,64})$")
-_GENERATION = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_STEP = re.compile(r"step-([0-9]{8,18})(\.replaced)?")
+_TEMPORARY = re.compile(r"step-[0-9]{8,18}(?:\.replaced)?\.tmp-([A-Za-z0-9_-]{1,64})")
+_GENERATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def rank_file(rank: int) -> str:
@@ -34,7 +34,7 @@ def step_directory(root: Location, step: int, generation: int | str | None = Non
         raise CheckpointError(f"a checkpoint's step must be 0 or more, not {step}")
     name = f"step-{step:08d}"
     if generation is not None:
-        if not _GENERATION.match(str(generation)):
+        if not _GENERATION.fullmatch(str(generation)):
             raise CheckpointError(
                 f"a checkpoint's generation must be 1 to 64 letters, digits, '_' or '-', not {str(generation)!r}"
             )
@@ -45,7 +45,7 @@ def step_directory(root: Location, step: int, generation: int | str | None = Non
 
 def step_of(name: str) -> int | None:
     """The step of a directory called `name`, None when no checkpoint directory is called so."""
-    found = _STEP.match(name)
+    found = _STEP.fullmatch(name)
     if not found:
         return None
     step = int(found[1])
@@ -54,7 +54,7 @@ def step_of(name: str) -> int | None:
 
 def generation_of(name: str) -> str | None:
     """The generation of a temporary directory called `name`, None when it is not one."""
-    found = _TEMPORARY.match(name)
+    found = _TEMPORARY.fullmatch(name)
     return found[1] if found else None
 
 
@@ -103,7 +103,7 @@ def newest_in_words(storage: Storage, directory: str) -> str:
 def tensor_key_problem(key: str) -> str | None:
     """What is wrong with `<slot>/<name>` as a tensor's key, None if nothing."""
     slot, _, name = key.partition("/")
-    if not re.match(SLOT_PATTERN, slot):
+    if not re.fullmatch(SLOT_PATTERN, slot):
         return f"slot {slot!r} is not lower-case letters, digits and '_'"
     if not name or len(name) > LONGEST_TENSOR_NAME:
         return f"a tensor's name must have 1 to {LONGEST_TENSOR_NAME} characters"

@@ -163,6 +163,7 @@ def test_what_is_not_a_checkpoint_is_never_replaced(tmp_path: Path, parts: Parts
         (("", "weight", (2,), (0,), (2,)), "must have 1 to 1024 characters"),
         (("x" * 2000, "weight", (2,), (0,), (2,)), "must have 1 to 1024 characters"),
         (("a", "../weight", (2,), (0,), (2,)), "slot '..' is not"),
+        (("a", "weight\n", (2,), (0,), (2,)), "slot 'weight\\n' is not"),
         (("a", "Weight", (2,), (0,), (2,)), "slot 'Weight' is not"),
         (("a", "weight", (2,), (1,), (2,)), "a shard of shape [2] at [1] is outside the global shape [2]"),
         (("a", "weight", (2,), (-1,), (2,)), "is outside the global shape"),
@@ -226,7 +227,7 @@ def test_nothing_is_written_through_a_planted_link(tmp_path: Path):
     assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("victim", "mine")]
 
 
-@pytest.mark.parametrize("generation", ["../x", "/x", "", "a b", "a\0", "x" * 300, "a/b", ".."])
+@pytest.mark.parametrize("generation", ["../x", "/x", "", "a b", "a\0", "a\n", "x" * 300, "a/b", ".."])
 def test_a_generation_that_leads_elsewhere_is_refused(generation: str):
     with pytest.raises(CheckpointError, match="generation must be"):
         step_directory("root", 1, generation)
