@@ -1,0 +1,201 @@
+"""Bytes of activations that one microbatch keeps on a rank from its forward until its backward.
+
+After Korthikanti et al. 2022 (arXiv:2205.05198, sections 4 and 5), with our own layers: a fused attention kernel keeps no
+weights of token pairs, and what is kept depends on the kernels (`Kernels`). Each function gives a table from what is
+kept to its bytes; an entry is one buffer, which several operations may keep at once, and has one name in all tables.
+"""
+
+from __future__ import annotations
+
+from mpsdk.config import ActivationCheckpointing
+from mpsdk.estimate.frameworks import Kernels
+from mpsdk.estimate.sizes import FP32, INDEX, Sizes
+from mpsdk.families.spec import TransformerSpec
+
+Kept = dict[str, int]
+
+
+def embedding_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What the embedding keeps. The ids themselves belong to the batch."""
+    kept: Kept = {}
+    if sizes.tensor_parallel > 1:  # ids shifted into this rank's rows, and which of them lie outside
+        kept["embedding.indices"] = sizes.tokens * INDEX
+        kept["embedding.outside"] = sizes.tokens
+    if spec.dropout.embedding:
+        kept["embedding.dropout"] = _dropout(sizes, kernels)
+    return kept
+
+
+def block_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What one block keeps when nothing in it is computed again."""
+    dropout = {".dropout": _dropout(sizes, kernels)} if spec.dropout.residual else {}
+    return {
+        **_norm("input", spec, sizes, kernels),
+        "attention.input": sizes.whole_hidden,
+        **_attention(spec, sizes, kernels),
+        **{f"attention{name}": size for name, size in dropout.items()},
+        **_norm("middle", spec, sizes, kernels),
+        "feed_forward.input": sizes.whole_hidden,
+        **_feed_forward(spec, sizes),
+        **{f"feed_forward{name}": size for name, size in dropout.items()},
+    }
+
+
+def head_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What the head and the loss keep; logits themselves are dropped as soon as the loss has read them."""
+    kept = {**_norm("output", spec, sizes, kernels), "head.input": sizes.whole_hidden}
+    kept["loss.softmax"] = sizes.tokens * sizes.words * FP32
+    if sizes.tensor_parallel > 1:  # index of the label, whether it lies here, whether it counts
+        kept["loss.index"] = sizes.tokens * INDEX
+        kept["loss.masks"] = 2 * sizes.tokens
+    return kept
+
+
+def recompute_kept(
+    spec: TransformerSpec, sizes: Sizes, kernels: Kernels, recompute: ActivationCheckpointing
+) -> Kept:
+    """What one block keeps under `recompute`: its input and, if selective, the results of the chosen operations."""
+    if recompute.mode == "none":
+        return block_kept(spec, sizes, kernels)
+    kept = {"input": sizes.hidden}
+    if recompute.mode == "selective":
+        if "attention" in recompute.keep:
+            kept |= _attention_results(spec, sizes, kernels)
+        if "matmul" in recompute.keep:
+            kept |= _matmul_results(spec, sizes, kernels)
+    return kept
+
+
+def block_workspace(
+    spec: TransformerSpec, sizes: Sizes, kernels: Kernels, recompute: ActivationCheckpointing
+) -> int:
+    """The most that comes and goes within one block's backward: what is computed again, and gradients of activations."""
+    whole, kept = block_kept(spec, sizes, kernels), recompute_kept(spec, sizes, kernels, recompute)
+    again = sum(size for name, size in whole.items() if name not in kept)
+    inner = sizes.tokens * sizes.features * sizes.compute
+    weight = sizes.width * sizes.features * sizes.compute
+    # First the down projection gives two gradients, then a gate takes one and gives two.
+    feed_forward = max(inner + weight, 2 * inner if spec.gated else 0)
+    # By the time of attention's backward, what the feed-forward part kept is gone.
+    freed = sum(size for name, size in whole.items() if name.startswith(("feed_forward.", "middle")))
+    if _attention_kernel(spec, sizes, kernels) == "math":
+        attention = 2 * _token_pairs(sizes) * FP32
+    else:
+        attention = 2 * sizes.tokens * (sizes.queries + sizes.pairs) * sizes.compute
+    residual = sizes.hidden + (sizes.whole_hidden if sizes.sequence_parallel else 0)
+    return again + residual + max(feed_forward, attention - freed)
+
+
+def loss_workspace(sizes: Sizes) -> int:
+    """Beside the softmax that is kept: logits while the loss is computed, or gradients of the loss."""
+    fp32 = sizes.tokens * sizes.words * FP32
+    forward = sizes.tokens * sizes.vocabulary * sizes.compute + (fp32 if sizes.compute < FP32 else 0)
+    return max(forward, fp32 if sizes.tensor_parallel > 1 else 2 * fp32)
+
+
+def head_workspace(sizes: Sizes) -> int:
+    """Gradients of the logits, of the output projection and of its input, when the loss has let its softmax go."""
+    logits, weight = sizes.tokens * sizes.vocabulary, sizes.width * sizes.vocabulary
+    softmax = sizes.tokens * sizes.words * FP32
+    return max(0, (logits + weight) * sizes.compute + sizes.whole_hidden - softmax)
+
+
+def _norm(hidden: str, spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What a norm of the hidden states called `hidden` keeps of them."""
+    elements = sizes.part * sizes.width
+    if spec.norm == "layernorm":
+        bytes_each = FP32 if kernels.fp32_statistics else sizes.compute
+        return {hidden: sizes.hidden, f"{hidden}.statistics": 2 * sizes.part * bytes_each}
+    statistics = {f"{hidden}.statistics": sizes.part * FP32}
+    if kernels.fused_rms_norm:
+        return {hidden: sizes.hidden, **statistics}
+    name = hidden if sizes.compute == FP32 else f"{hidden}.fp32"
+    return {name: elements * FP32, **statistics, f"{hidden}.normalised": elements * FP32}
+
+
+def _attention(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    queries, pairs = sizes.tokens * sizes.queries, sizes.tokens * sizes.pairs
+    mixed = {"attention.mixed": queries * sizes.compute}
+    if _attention_kernel(spec, sizes, kernels) == "fused":
+        return {
+            "attention.query": queries * sizes.compute,
+            "attention.key": pairs * sizes.compute,
+            "attention.value": pairs * sizes.compute,
+            "attention.logsumexp": _logsumexp(sizes, kernels),
+            **mixed,
+        }
+    weights = _token_pairs(sizes)
+    kept = {  # in fp32, keys and values repeated for every query head
+        "attention.query": queries * FP32,
+        "attention.key": queries * FP32,
+        "attention.value": queries * FP32,
+        "attention.weights": weights * FP32,
+    }
+    if spec.dropout.attention:
+        kept["attention.weights_dropout"] = weights * (1 if kernels.fused_dropout else FP32)
+        kept["attention.weights_dropped"] = weights * FP32
+    return kept | mixed
+
+
+def _feed_forward(spec: TransformerSpec, sizes: Sizes) -> Kept:
+    inner = sizes.tokens * sizes.features * sizes.compute
+    # An activation keeps its input; relu, whose derivative its result tells, only that.
+    entering = {"feed_forward.gate" if spec.gated else "feed_forward.up": inner}
+    kept: Kept = {} if spec.activation == "relu" else entering
+    kept["feed_forward.activated"] = inner
+    if spec.gated:
+        kept |= {"feed_forward.up": inner, "feed_forward.product": inner}
+    return kept
+
+
+def _attention_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    if _attention_kernel(spec, sizes, kernels) == "math":
+        return {}  # no attention operation runs that could be kept, only its parts
+    return {
+        "attention.mixed": sizes.tokens * sizes.queries * sizes.compute,
+        "attention.logsumexp": _logsumexp(sizes, kernels),
+    }
+
+
+def _matmul_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """Results of matrix products; those of row-parallel layers are whole partial sums, before they are reduced."""
+    queries, pairs = (sizes.tokens * count * sizes.compute for count in (sizes.queries, sizes.pairs))
+    inner = sizes.tokens * sizes.features * sizes.compute
+    results: Kept = {"query": queries, "key": pairs, "value": pairs}
+    # What attention itself keeps is the same buffer, unless it was turned by its position or cast on the way.
+    math = _attention_kernel(spec, sizes, kernels) == "math"
+    apart = (
+        {"query", "key", "value"} if math else {"query", "key"} if spec.positions == "rotary" else set[str]()
+    )
+    results = {
+        f"attention.{'projected_' if name in apart else ''}{name}": size for name, size in results.items()
+    }
+    if math:
+        results["attention.scores"] = _token_pairs(sizes) * FP32
+        results["attention.mixed_fp32"] = sizes.tokens * sizes.queries * FP32
+    results["attention.output"] = sizes.whole_hidden
+    if spec.gated:
+        results["feed_forward.gate"] = inner
+    return results | {"feed_forward.up": inner, "feed_forward.down": sizes.whole_hidden}
+
+
+def _attention_kernel(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> str:
+    return kernels.attention(
+        fp32=sizes.compute == FP32,
+        grouped=spec.heads != spec.key_value_heads,
+        dropout=spec.dropout.attention > 0,
+    )
+
+
+def _token_pairs(sizes: Sizes) -> int:
+    return sizes.microbatch_size * sizes.heads * sizes.length**2
+
+
+def _logsumexp(sizes: Sizes, kernels: Kernels) -> int:
+    multiple = kernels.statistics_rows if sizes.compute == FP32 else 1
+    rows = -(-sizes.length // multiple) * multiple
+    return sizes.microbatch_size * sizes.heads * rows * FP32
+
+
+def _dropout(sizes: Sizes, kernels: Kernels) -> int:
+    return sizes.part * sizes.width * (1 if kernels.fused_dropout else sizes.compute)

@@ -1,0 +1,113 @@
+"""Elements of parameters, gradients and optimizer moments that each rank holds.
+
+Bytes are 4 an element: weights, reduced gradients and moments are fp32 in every precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from mpsdk.config import Training
+from mpsdk.plan import Plan
+
+# Tensors of the size of a parameter that an optimizer keeps (Kingma and Ba 2014, arXiv:1412.6980: two moments).
+_MOMENTS = {"adamw": 2, "sgd": 1}
+
+
+def moments(training: Training) -> int:
+    """Moments an element of a parameter."""
+    if training.optimizer == "sgd" and training.momentum == 0.0:
+        return 0
+    return _MOMENTS[training.optimizer]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered and reduced together: a block, the embedding, the head, or both when they are tied
+    on one rank.
+
+    `shapes`: what a tensor-parallel rank has of each, before sharded data parallelism. `replicated` says of each whether
+    tensor parallelism leaves it whole, `tied` whether another stage holds a copy.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    replicated: tuple[bool, ...]
+    tied: tuple[bool, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    def shard(self, sdp: int, degree: int) -> int:
+        """Elements at coordinate `sdp` of `degree`."""
+        return sum(shard_elements(shape, sdp, degree) for shape in self.shapes)
+
+    def padded(self, degree: int) -> int:
+        """Elements of the whole unit as collectives carry it: every share as large as the first."""
+        return degree * self.shard(0, degree)
+
+
+class ShareClass(NamedTuple):
+    """The sdp coordinates [start, stop), each of which holds `elements` elements of `tensors` tensors."""
+
+    start: int
+    stop: int
+    elements: int
+    tensors: int
+
+
+def shard_elements(shape: tuple[int, ...], sdp: int, degree: int) -> int:
+    """Elements at coordinate `sdp` of a tensor whose dimension 0 is cut as `torch.chunk` cuts: all parts of
+    ceil(rows / degree) rows, until there are no more."""
+    rows = -(-shape[0] // degree)
+    return max(0, min(rows, shape[0] - sdp * rows)) * math.prod(shape[1:])
+
+
+def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
+    """The units of `stage` in the order of its forward."""
+    groups: dict[str, list[int]] = {}
+    tensors = plan.stage_tensors(stage, 0)
+    tied_here = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
+    for number, held in enumerate(tensors):
+        part = held.tensor.part
+        name = (
+            f"block {held.tensor.block}" if part == "block" else "embedding and head" if tied_here else part
+        )
+        groups.setdefault(name, []).append(number)
+    return tuple(
+        Unit(
+            name=name,
+            shapes=tuple(tensors[number].shape for number in numbers),
+            replicated=tuple(tensors[number].tensor.cut_dimension is None for number in numbers),
+            tied=tuple(tensors[number].tied for number in numbers),
+        )
+        for name, numbers in groups.items()
+    )
+
+
+def share_classes(units: Iterable[Unit], degree: int) -> list[ShareClass]:
+    """The sdp coordinates by what they hold, the first coordinates first.
+
+    A tensor's shares change at two coordinates only, where its rows run out, so this takes no loop over the ranks.
+    """
+    counts = Counter(shape for unit in units for shape in unit.shapes)
+    changes = {0}
+    for shape in counts:
+        full = shape[0] // -(-shape[0] // degree)
+        changes |= {full, full + 1}
+    starts = sorted(change for change in changes if change < degree)
+    classes: list[ShareClass] = []
+    for start, stop in pairwise([*starts, degree]):
+        shares = {shape: shard_elements(shape, start, degree) for shape in counts}
+        elements = sum(shares[shape] * count for shape, count in counts.items())
+        tensors = sum(count for shape, count in counts.items() if shares[shape])
+        if classes and (classes[-1].elements, classes[-1].tensors) == (elements, tensors):
+            start = classes.pop().start
+        classes.append(ShareClass(start, stop, elements, tensors))
+    return classes
