@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mpsdk.cost import partition_costs
@@ -12,6 +11,7 @@ from mpsdk.report.display import quantity
 from mpsdk.schedule import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
+    from mpsdk.estimate import Estimate
     from mpsdk.plan import Plan
 
 WIDTH = 100
@@ -26,16 +26,24 @@ def plan_text(plan: Plan) -> str:
     facts = Table.grid(padding=(0, 2, 0, 0))
     for name, value in _facts(plan):
         facts.add_row(name, Text(value))
-    stages = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-    for name in ("stage", "pp rank", "blocks", "parameters", "a tp rank's part", "compute"):
-        stages.add_column(name, justify="right")
-    for row in _stages(plan):
-        stages.add_row(*row)
+
+    def table(names: Sequence[str], rows: Iterable[tuple[str, ...]]) -> Table:
+        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+        for name in names:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
     text = io.StringIO()
     console = Console(file=text, width=WIDTH, color_system=None, legacy_windows=False)
     console.print(facts)
     console.print()
-    console.print(stages)
+    console.print(table(("stage", "pp rank", "blocks", "parameters", "compute"), _stages(plan)))
+    console.print()
+    estimate = plan.estimate()
+    names = (f"{estimate.device} memory", "parameters", "in flight", "between steps", "peak", "which is at")
+    console.print(table(names, _memory(estimate)))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
@@ -96,14 +104,27 @@ def plan_timeline(plan: Plan) -> Timeline:
 def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
     compute = _stage_compute(plan)
     for stage, (start, stop) in enumerate(plan.stages):
-        tensors = plan.stage_tensors(stage, 0)
         yield (
             str(stage),
             str(plan.schedule.stage_rank[stage]),
             f"{start}-{stop - 1}" if stop - start > 1 else str(start),
-            f"{sum(tensor.tensor.elements for tensor in tensors):,}",
-            f"{sum(math.prod(tensor.shape) for tensor in tensors):,}",
+            f"{sum(local.tensor.elements for local in plan.stage_tensors(stage, 0)):,}",
             f"{compute[stage] / sum(compute):.1%}",
+        )
+
+
+def _memory(estimate: Estimate) -> Iterator[tuple[str, ...]]:
+    """Of each rank, by pipeline rank, and by shard where shards differ."""
+    for memory in estimate.memory:
+        first, stop = memory.sdp
+        part = "" if stop - first == estimate.plan.degrees.sdp else f", sdp {first}-{stop - 1}"
+        yield (
+            f"pp {memory.pp}{part}",
+            f"{memory.elements:,}",
+            str(memory.in_flight),
+            f"{quantity(memory.between_steps)}B",
+            f"{quantity(memory.peak)}B",
+            memory.peak_at,
         )
 
 

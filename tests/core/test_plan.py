@@ -308,8 +308,18 @@ def test_a_printed_plan_shows_degrees_batch_schedule_stages_and_hash() -> None:
 
 def test_stages_of_a_printed_plan_add_up_to_the_model() -> None:
     plan = small_plan(pipeline=4)
-    rows = [line.split() for line in plan_text(plan).splitlines()[-4:]]
+    rows = [
+        row for line in plan_text(plan).splitlines() if len(row := line.split()) == 5 and row[0].isdigit()
+    ]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     parameters = sum(int(row[3].replace(",", "")) for row in rows)
     assert parameters == plan.description.parameters + 257 * 24  # the tied embedding lies on two stages
-    assert sum(float(row[5].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.3)
+    assert sum(float(row[4].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.3)
+
+
+def test_a_printed_plan_ends_with_the_memory_of_each_pipeline_rank() -> None:
+    plan = small_plan(pipeline=2)
+    rows = plan_text(plan).splitlines()[-2:]
+    for memory, row in zip(plan.estimate().memory, rows, strict=True):
+        assert row.split()[:3] == ["pp", str(memory.pp), f"{memory.elements:,}"]
+        assert row.endswith(memory.peak_at)
