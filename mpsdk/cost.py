@@ -54,4 +54,8 @@ def partition_costs(model: ModelDescription, sequence_length: int) -> tuple[list
         for kind, tensors in model.kinds.items()
     }
     blocks = [of_kind[kind] for kind in model.blocks]
-    return blocks, Cost(compute=0.0, memory=state(model.embedding)), Cost(compute=head_flops(model), memory=state(model.head))
+    return (
+        blocks,
+        Cost(compute=0.0, memory=state(model.embedding)),
+        Cost(compute=head_flops(model), memory=state(model.head)),
+    )

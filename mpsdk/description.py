@@ -83,7 +83,7 @@ class ModelDescription(BaseModel):
             yield tensor.model_copy(update={"name": prefix + tensor.name, "block": block})
 
     def tensors(self) -> Iterator[TensorDescription]:
-        """All tensors, embedding first, then the blocks in order, then the head. A tied tensor appears again, with `tied_to`."""
+        """All tensors: the embedding's, the blocks' in order, the head's. A tied tensor appears again, with `tied_to`."""
         yield from self.embedding
         for block in range(len(self.blocks)):
             yield from self.block_tensors(block)

@@ -94,7 +94,11 @@ class Plan(BaseModel):
     def evaluation_schedule(self) -> Schedule:
         pipeline = self.distribution.pipeline
         return generate(
-            EVALUATION_SCHEDULE, self.degrees.pp, self.microbatches, pipeline.virtual_stages, self.schedule.stage_rank
+            EVALUATION_SCHEDULE,
+            self.degrees.pp,
+            self.microbatches,
+            pipeline.virtual_stages,
+            self.schedule.stage_rank,
         )
 
     def actions(self, rank: int) -> tuple[Action, ...]:

@@ -130,7 +130,9 @@ def _model_problems(
         )
     if description.max_positions is not None and length > description.max_positions:
         yield Problem(
-            "training.sequence_length", length, f"the model has positions for at most {description.max_positions}"
+            "training.sequence_length",
+            length,
+            f"the model has positions for at most {description.max_positions}",
         )
     pipeline, blocks = distribution.pipeline, len(description.blocks)
     stages = pipeline.degree * pipeline.virtual_stages
@@ -149,7 +151,9 @@ def _model_problems(
     if training.objective != "causal-lm":
         yield Problem("training.objective", training.objective, "only causal-lm can be trained so far")
     if training.dropout is not None and training.dropout > 0 and description.spec is None:
-        yield Problem("training.dropout", training.dropout, "can only be set for a model family; set it in the model")
+        yield Problem(
+            "training.dropout", training.dropout, "can only be set for a model family; set it in the model"
+        )
 
 
 def _framework_problems(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -44,10 +44,10 @@ def _shards(optimizer: ShardedOptimizer) -> Iterator[Shard]:
 
 
 def _scalars(optimizer: ShardedOptimizer) -> dict[str, float | int]:
-    steps = [int(optimizer.state(h)["step"]) for h in optimizer.held if optimizer.holds(h)][:1] if (
-        optimizer.training.optimizer == "adamw"
-    ) else []
-    scalars: dict[str, float | int] = {OPTIMIZER_STEP: step for step in steps}
+    scalars: dict[str, float | int] = {}
+    counters = (optimizer.state(item).get("step") for item in optimizer.held if optimizer.holds(item))
+    if (counter := next(counters, None)) is not None:  # every parameter has stepped as often
+        scalars[OPTIMIZER_STEP] = int(counter)
     if optimizer.loss_scale.active:
         scalars[LOSS_SCALE] = float(optimizer.loss_scale.scale)
         scalars[GOOD_STEPS] = int(optimizer.loss_scale.good_steps)
@@ -55,7 +55,7 @@ def _scalars(optimizer: ShardedOptimizer) -> dict[str, float | int]:
 
 
 @torch.no_grad()
-def fill_weights(held: list[Held], source: TensorSource) -> None:
+def fill_weights(held: Sequence[Held], source: TensorSource) -> None:
     """Read this rank's slice of every weight; padding rows become zeros."""
     for item in held:
         _fill(item, item.local, source, WEIGHT)

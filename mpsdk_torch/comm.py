@@ -14,6 +14,7 @@ parallelism (Korthikanti et al. 2022, arXiv:2205.05198, figure 5): each forward'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,12 @@ class TensorGroup:
 
 class _CopyToGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -49,35 +50,35 @@ class _CopyToGroup(torch.autograd.Function):
 
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         tensor = tensor.contiguous().clone()
         dist.all_reduce(tensor, group=group)
         return tensor
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: TensorGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: TensorGroup) -> Tensor:
         ctx.group = group
         return _all_gather_sequence(tensor, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter_sequence(gradient, ctx.group), None
 
 
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: TensorGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: TensorGroup) -> Tensor:
         ctx.group = group
         return _reduce_scatter_sequence(tensor, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_gather_sequence(gradient, ctx.group), None
 
 
@@ -121,7 +122,9 @@ class StageLinks:
     in which they were issued, a waiting send of one never holds back the other. Under gloo the tag tells them apart.
     """
 
-    def __init__(self, ranks: tuple[int, ...], forward: dist.ProcessGroup, backward: dist.ProcessGroup) -> None:
+    def __init__(
+        self, ranks: tuple[int, ...], forward: dist.ProcessGroup, backward: dist.ProcessGroup
+    ) -> None:
         self.ranks = ranks
         self._groups = {True: forward, False: backward}
         self._pending: list[tuple[dist.Work, Tensor]] = []

@@ -38,7 +38,9 @@ def seed_site(moment: Moment | None, site: Site) -> None:
     torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
 
-def dropout(tensor: Tensor, probability: float, moment: Moment | None, site: Site, *, training: bool) -> Tensor:
+def dropout(
+    tensor: Tensor, probability: float, moment: Moment | None, site: Site, *, training: bool
+) -> Tensor:
     """`tensor` with elements dropped while training, the rest scaled by 1 / (1 - probability)."""
     if probability == 0.0 or not training:
         return tensor

@@ -80,7 +80,9 @@ class _Pass:
     def __init__(self, executor: Executor, actions: Sequence[Action], *, final: bool) -> None:
         self._executor = executor
         self._inputs: dict[tuple[int, int], Tensor] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}  # waiting to be sent, or for the next stage on this rank
+        self._outputs: dict[
+            tuple[int, int], Tensor
+        ] = {}  # waiting to be sent, or for the next stage on this rank
         self._edges: dict[tuple[int, int], GradientEdge] = {}
         self._gradients: dict[tuple[int, int], Tensor] = {}  # of a stage's output, received
         self._arriving: dict[tuple[Kind, int, int], dist.Work | None] = {}
@@ -97,7 +99,9 @@ class _Pass:
             case Kind.RECEIVE_FORWARD | Kind.RECEIVE_BACKWARD:
                 self._receive(action)
             case _:
-                raise NotImplementedError(f"action {action} splits the backward, which this executor does not do yet")
+                raise NotImplementedError(
+                    f"action {action} splits the backward, which this executor does not do yet"
+                )
 
     def _forward(self, stage: int, microbatch: int) -> None:
         key = (stage, microbatch)
@@ -163,7 +167,7 @@ class _Pass:
         into = executor._hidden()
         (self._inputs if forward else self._gradients)[(stage, microbatch)] = into
         tag = executor._tag(source, microbatch)
-        self._arriving[tuple(action)] = executor._links.receive(
+        self._arriving[kind, stage, microbatch] = executor._links.receive(
             into, executor._stage_rank[source], tag=tag, forward=forward
         )
 

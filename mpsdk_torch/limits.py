@@ -15,18 +15,37 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
     schedule = distribution.pipeline.schedule
     if distribution.pipeline.degree > 1 and schedule not in SCHEDULES:
         problems.append(
-            Problem("pipeline.schedule", schedule, f"the PyTorch backend runs {' and '.join(SCHEDULES)} so far")
+            Problem(
+                "pipeline.schedule", schedule, f"the PyTorch backend runs {' and '.join(SCHEDULES)} so far"
+            )
+        )
+    sharded = distribution.sharded_data_parallel
+    if sharded.degree > 1 and sharded.prefetch == 0:
+        problems.append(
+            Problem(
+                "sharded_data_parallel.prefetch", 0, "FSDP2 always gathers one block ahead; use 1 or more"
+            )
         )
     if distribution.compile.enabled:
         problems.append(
-            Problem("compile", distribution.compile.enabled, "the PyTorch backend does not compile yet; set compile: false")
+            Problem(
+                "compile",
+                distribution.compile.enabled,
+                "the PyTorch backend does not compile yet; set compile: false",
+            )
         )
     if distribution.checkpoint.asynchronous:
         problems.append(
-            Problem("checkpoint.asynchronous", True, "checkpoints are written synchronously so far; set it to false")
+            Problem(
+                "checkpoint.asynchronous",
+                True,
+                "checkpoints are written synchronously so far; set it to false",
+            )
         )
     if description.spec is None:
         problems.append(
-            Problem("model", description.name, "the PyTorch backend trains the model families so far: gpt2, llama")
+            Problem(
+                "model", description.name, "the PyTorch backend trains the model families so far: gpt2, llama"
+            )
         )
     return problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
@@ -34,12 +36,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup) -> Tensor:
         tokens, rows = logits.shape
-        if rows:
-            largest = logits.amax(dim=-1)
-        else:
-            largest = logits.new_full((tokens,), torch.finfo(logits.dtype).min)
+        lowest = logits.new_full((tokens,), torch.finfo(logits.dtype).min)
+        largest = logits.amax(dim=-1) if rows else lowest  # a rank may hold padding rows alone
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         shifted = logits - largest.unsqueeze(-1)
         local = labels - first
@@ -56,7 +56,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return ((sums[0].log() - sums[1]) * used).sum()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         softmax, index, here, used = ctx.saved_tensors
         result = softmax.clone()
         if result.shape[-1]:

@@ -29,7 +29,9 @@ class ShardedOptimizer:
         loss_scale: what the loss was multiplied by; divided out again here.
     """
 
-    def __init__(self, held: Sequence[Held], training: Training, groups: Groups, loss_scale: LossScale) -> None:
+    def __init__(
+        self, held: Sequence[Held], training: Training, groups: Groups, loss_scale: LossScale
+    ) -> None:
         self.held, self.training, self.groups, self.loss_scale = held, training, groups, loss_scale
         self._leaves = {id(item): nn.Parameter(item.local) for item in held if item.local.numel()}
         self.slots = dict(SLOTS[training.optimizer])
@@ -41,7 +43,11 @@ class ShardedOptimizer:
         training = self.training
 
         def leaves(decay: bool) -> list[nn.Parameter]:
-            return [self._leaves[id(h)] for h in self.held if h.planned.tensor.decay is decay and id(h) in self._leaves]
+            return [
+                self._leaves[id(h)]
+                for h in self.held
+                if h.planned.tensor.decay is decay and id(h) in self._leaves
+            ]
 
         parameter_groups = [
             {"params": leaves(decay), "weight_decay": training.weight_decay if decay else 0.0}
@@ -85,8 +91,8 @@ class ShardedOptimizer:
         for group in self._torch.param_groups:
             group["lr"] = learning_rate
         # The protocol by which torch.amp.GradScaler drives fused optimizers: a divisor, and a flag that skips.
-        self._torch.grad_scale = divisor
-        self._torch.found_inf = overflowed.to(torch.float32) if self.loss_scale.active else None
+        skip = overflowed.to(torch.float32) if self.loss_scale.active else None
+        vars(self._torch).update(grad_scale=divisor, found_inf=skip)
         self._torch.step()
         if self.loss_scale.active:
             self.loss_scale.update(overflowed)
@@ -133,5 +139,7 @@ def _all_reduce_flat(gradients: list[Tensor], group: dist.ProcessGroup | None) -
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, part in zip(
+        gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+    ):
         gradient.copy_(part.view_as(gradient))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpsdk.plan import Plan
-from mpsdk_torch.recompute import recompute_of
+from mpsdk_torch.recompute import set_recompute
 from mpsdk_torch.sharded import needs_sharding, shard
 from mpsdk_torch.topology import Groups
 from mpsdk_torch.transformer import Transformer
@@ -24,9 +24,8 @@ def parallelize(plan: Plan, stage: int, groups: Groups) -> Transformer:
             last=stage == len(plan.stages) - 1,
             group=groups.tensor,
         )
-    recompute = recompute_of(plan.distribution.activation_checkpointing, pin_memory=groups.device.type == "cuda")
-    for block in model.blocks.values():
-        block.recompute = recompute
+    pin_memory = groups.device.type == "cuda"
+    set_recompute(model, plan.distribution.activation_checkpointing, pin_memory=pin_memory)
     if needs_sharding(plan):
         assert groups.sharding is not None
         shard(model, plan, groups.sharding)

@@ -37,13 +37,19 @@ def held_parameters(plan: Plan, stages: Mapping[int, Transformer], *, tp: int, s
         parameters = dict(stage.named_parameters())
         for planned in plan.stage_tensors(number, tp):
             parameter = parameters.pop(planned.name)
-            assert tuple(parameter.shape) == planned.shape, (planned.name, tuple(parameter.shape), planned.shape)
+            assert tuple(parameter.shape) == planned.shape, (
+                planned.name,
+                tuple(parameter.shape),
+                planned.shape,
+            )
             start = 0
             if isinstance(parameter, DTensor):
                 rows = -(-planned.shape[0] // plan.degrees.sdp)  # FSDP2 cuts dimension 0 as torch.chunk does
                 start = min(sdp * rows, planned.shape[0])
             held.append(Held(planned, parameter, start))
-        assert not parameters, f"stage {number} holds tensors that the plan doesn't name: {sorted(parameters)}"
+        assert not parameters, (
+            f"stage {number} holds tensors that the plan doesn't name: {sorted(parameters)}"
+        )
     return held
 
 

@@ -16,9 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mpsdk.config import ActivationCheckpointing
 from mpsdk_torch.dropout import Moment
-from mpsdk_torch.transformer import BlockCall
-
-Recompute = Callable[[BlockCall, Tensor, "Moment | None"], Tensor]
+from mpsdk_torch.transformer import Block, BlockCall, Recompute, Transformer, keep_everything
 
 _ATEN = torch.ops.aten
 KEPT_OPERATIONS = {
@@ -31,15 +29,27 @@ KEPT_OPERATIONS = {
         }
     ),
     "matmul": frozenset(
-        {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.linear.default}
+        {
+            _ATEN.mm.default,
+            _ATEN.addmm.default,
+            _ATEN.bmm.default,
+            _ATEN.baddbmm.default,
+            _ATEN.linear.default,
+        }
     ),
 }
 
 
-def recompute_of(settings: ActivationCheckpointing, *, pin_memory: bool) -> Recompute | None:
-    """The way a block runs its forward under `settings`; None keeps everything."""
+def set_recompute(model: Transformer, settings: ActivationCheckpointing, *, pin_memory: bool) -> None:
+    """Have every block of `model` keep what `settings` say. `pin_memory`: offload into pages that a GPU can write to."""
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.recompute = _recompute_of(settings, pin_memory)
+
+
+def _recompute_of(settings: ActivationCheckpointing, pin_memory: bool) -> Recompute:
     if settings.mode == "none":
-        return None
+        return keep_everything
     if settings.mode == "selective":
         kept = frozenset().union(*(KEPT_OPERATIONS[name] for name in settings.keep))
         return partial(_selective, partial(_policy, kept))
@@ -57,7 +67,9 @@ def _offloaded(pin_memory: bool, layer: BlockCall, hidden: Tensor, moment: Momen
         return checkpoint(layer, hidden, moment, use_reentrant=True, preserve_rng_state=False)
 
 
-def _selective(policy: Callable[..., CheckpointPolicy], layer: BlockCall, hidden: Tensor, moment: Moment | None) -> Tensor:
+def _selective(
+    policy: Callable[..., CheckpointPolicy], layer: BlockCall, hidden: Tensor, moment: Moment | None
+) -> Tensor:
     return checkpoint(
         layer,
         hidden,
@@ -68,5 +80,7 @@ def _selective(policy: Callable[..., CheckpointPolicy], layer: BlockCall, hidden
     )
 
 
-def _policy(kept: frozenset[object], _context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+def _policy(
+    kept: frozenset[object], _context: object, operation: object, *_args: object, **_kwargs: object
+) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

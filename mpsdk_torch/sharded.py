@@ -14,13 +14,10 @@ Replicas are summed once a step at every level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from mpsdk.config import ShardedDataParallel
 from mpsdk.plan import Plan
 from mpsdk_torch.precision import mixed_precision
 from mpsdk_torch.transformer import Transformer
@@ -32,16 +29,12 @@ def needs_sharding(plan: Plan) -> bool:
 
 def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
     """Give each block, and the embedding and head, to FSDP2 as units of their own."""
-    settings = plan.distribution.sharded_data_parallel
-    per_block = _level(plan) == "parameters"
     options = {
         "mesh": mesh,
-        "reshard_after_forward": per_block,
+        "reshard_after_forward": _level(plan) == "parameters",
         "mp_policy": mixed_precision(plan.distribution.precision),
     }
-    blocks = list(stage.blocks.values())
-    for block in blocks:
-        fully_shard(block, **options)
+    blocks = [fully_shard(block, **options) for block in stage.blocks.values()]
     ends: list[nn.Module] = [part for part in (stage.embedding, stage.head) if part is not None]
     if stage.tied_here:
         fully_shard(ends, **options)  # one unit: a tied tensor may belong to one only
@@ -53,16 +46,10 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
         unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
         # Else gloo refuses the factor, and NCCL up to torch 2.13 returned zero gradients in bf16 (pytorch#190745).
         unit.set_force_sum_reduction_for_comms(True)
-    if per_block:
-        _prefetch(blocks, settings)
-
-
-def _prefetch(blocks: Sequence[nn.Module], settings: ShardedDataParallel) -> None:
-    ahead = settings.prefetch
+    ahead = plan.distribution.sharded_data_parallel.prefetch
     for index, block in enumerate(blocks):
-        assert isinstance(block, FSDPModule)
-        block.set_modules_to_forward_prefetch(list(blocks[index + 1 : index + 1 + ahead]))
-        block.set_modules_to_backward_prefetch(list(blocks[max(0, index - ahead) : index])[::-1])
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(0, index - ahead) : index][::-1])
 
 
 def before_backward(stage: nn.Module, plan: Plan, *, last: bool) -> None:

@@ -30,9 +30,20 @@ class Trainer:
     """
 
     def __init__(
-        self, plan: Plan, place: Place, groups: Groups, stages: Mapping[int, Transformer], optimizer: ShardedOptimizer
+        self,
+        plan: Plan,
+        place: Place,
+        groups: Groups,
+        stages: Mapping[int, Transformer],
+        optimizer: ShardedOptimizer,
     ) -> None:
-        self.plan, self.place, self.groups, self.stages, self.optimizer = plan, place, groups, stages, optimizer
+        self.plan, self.place, self.groups, self.stages, self.optimizer = (
+            plan,
+            place,
+            groups,
+            stages,
+            optimizer,
+        )
         self._step = 0
         self._pass = 0
         self._microbatches: dict[str, Tensor] = {}
@@ -172,7 +183,12 @@ class PendingStep:
         loss = trainer.sum_over_world(self._loss)
         largest = torch.tensor([float(stop), float(_peak_memory(device))], dtype=torch.float64).to(device)
         stopped, peak = trainer.reduce(largest, dist.ReduceOp.MAX).tolist()
-        values = {"loss": float(loss), "grad_norm": float(self._norm), "peak_memory_bytes": peak, "stop": stopped}
+        values = {
+            "loss": float(loss),
+            "grad_norm": float(self._norm),
+            "peak_memory_bytes": peak,
+            "stop": stopped,
+        }
         if trainer.optimizer.loss_scale.active:
             values["loss_scale"] = float(self._loss_scale)
         return values

@@ -41,7 +41,11 @@ def join(place: Place) -> torch.device:
         torch.cuda.set_device(device)
     place.note(f"joining {place.world_size} ranks")
     if place.store is not None:
-        rendezvous = {"init_method": f"file://{place.store}", "rank": place.rank, "world_size": place.world_size}
+        rendezvous = {
+            "init_method": f"file://{place.store}",
+            "rank": place.rank,
+            "world_size": place.world_size,
+        }
     else:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         rendezvous = {"init_method": "env://", "rank": place.rank, "world_size": place.world_size}
@@ -99,10 +103,14 @@ def _sharding_mesh(plan: Plan, rank: int, device: torch.device) -> DeviceMesh:
     if plan.degrees.dp == 1:
         return DeviceMesh.from_group(shards, device.type, mesh=mesh[0], mesh_dim_names=("sdp",))
     replicas = _new_group(topology.group(rank, ("dp",)))
-    return DeviceMesh.from_group([replicas, shards], device.type, mesh=torch.tensor(mesh), mesh_dim_names=("dp", "sdp"))
+    return DeviceMesh.from_group(
+        [replicas, shards], device.type, mesh=torch.tensor(mesh), mesh_dim_names=("dp", "sdp")
+    )
 
 
 def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     # Only the members take part, so ranks may make different groups; each rank makes its groups in the same order of
     # axes, which keeps two overlapping groups from waiting for each other.
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

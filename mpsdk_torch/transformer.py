@@ -18,6 +18,8 @@ from mpsdk_torch.nn import Attention, DistributedEmbedding, DistributedOutput, F
 from mpsdk_torch.nn.attention import RotaryTable
 
 BlockCall = Callable[[Tensor, "Moment | None"], Tensor]
+Recompute = Callable[[BlockCall, Tensor, "Moment | None"], Tensor]
+"""Runs a block's layer on hidden states, and decides what is kept for the backward."""
 
 
 class Embedding(nn.Module):
@@ -50,13 +52,19 @@ class Positions(nn.Module):
         return self.weight[start : start + length]
 
 
+def keep_everything(layer: BlockCall, hidden: Tensor, moment: Moment | None) -> Tensor:
+    return layer(hidden, moment)
+
+
 class Block(nn.Module):
     """One pre-norm transformer layer: attention and feed-forward, each added to the residual stream.
 
-    `recompute` decides what its forward keeps for the backward; `parallelize` sets it.
+    `recompute` decides what its forward keeps for the backward; `mpsdk_torch.recompute` sets it.
     """
 
-    def __init__(self, spec: TransformerSpec, block: int, group: TensorGroup, rotary: RotaryTable | None) -> None:
+    def __init__(
+        self, spec: TransformerSpec, block: int, group: TensorGroup, rotary: RotaryTable | None
+    ) -> None:
         super().__init__()
         part = group.rank if group.sequence_parallel else 0
         self.dropout = spec.dropout.residual
@@ -65,11 +73,9 @@ class Block(nn.Module):
         self.attention = Attention(spec, block, group, rotary)
         self.feed_forward_norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
         self.feed_forward = FeedForward(spec, group)
-        self.recompute: Callable[[BlockCall, Tensor, Moment | None], Tensor] | None = None
+        self.recompute: Recompute = keep_everything
 
     def forward(self, hidden: Tensor, moment: Moment | None) -> Tensor:
-        if self.recompute is None or not torch.is_grad_enabled():
-            return self.layer(hidden, moment)
         return self.recompute(self.layer, hidden, moment)
 
     def layer(self, hidden: Tensor, moment: Moment | None) -> Tensor:
@@ -119,7 +125,9 @@ class Transformer(nn.Module):
         rotary = RotaryTable(spec) if spec.positions == "rotary" else None
         self.spec = spec
         self.embedding = Embedding(spec, rows, group) if first else None
-        self.blocks = nn.ModuleDict({str(block): Block(spec, block, group, rotary) for block in range(start, stop)})
+        self.blocks = nn.ModuleDict(
+            {str(block): Block(spec, block, group, rotary) for block in range(start, stop)}
+        )
         self.tied_here = spec.tied and first and last
         self.head = Head(spec, rows, group, tied=self.tied_here) if last else None
 
@@ -129,4 +137,5 @@ class Transformer(nn.Module):
             hidden = block(hidden, moment)
         if self.head is None:
             return hidden
-        return self.head(hidden, self.embedding.tokens.weight if self.tied_here else None)
+        tied_weight = self.embedding.tokens.weight if self.tied_here and self.embedding is not None else None
+        return self.head(hidden, tied_weight)

@@ -29,6 +29,9 @@ _LOST_PEER_TYPES = (
     "DistNetworkError",
 )
 
+# Where a rank's innermost Python frame lies while it waits for another one inside a framework.
+_COMMUNICATION = re.compile(r"torch/distributed/|mpsdk_(torch|tf)/comm\.py|tensorflow/python/distribute/")
+
 _LOG_LINES = 30
 _STACK_LINES = 25
 
@@ -77,7 +80,10 @@ class Observation:
 
     @property
     def waits(self) -> bool:
-        return self.activity is not None and self.activity.waits
+        """Whether it waits for another rank: by its own word, or by where its stack ends."""
+        if self.activity is not None and self.activity.waits:
+            return True
+        return bool(_COMMUNICATION.search(next(iter(self.stack.splitlines()), "")))
 
     @property
     def doing(self) -> str:
@@ -140,9 +146,11 @@ def _time_of(seen: Observation) -> float:
     return seen.failure.time if seen.failure else seen.ended_at or 0.0
 
 
-def likely_hung(silent: Sequence[Observation]) -> Observation:
-    """The one of several silent ranks that holds the others up: it doesn't wait for another, or is silent for longest."""
-    return max(silent, key=lambda seen: (not seen.waits, seen.silent))
+def likely_hung(observations: Sequence[Observation], overdue: Sequence[int]) -> Observation:
+    """The rank that holds the others up: it runs and doesn't wait for another. Of several, one of the `overdue` ranks, and
+    the one that has been silent for longest."""
+    running = [seen for seen in observations if seen.exit_code is None]
+    return max(running, key=lambda seen: (not seen.waits, seen.rank in overdue, seen.silent))
 
 
 def failure_text(culprit: Observation, observations: Sequence[Observation]) -> str:
@@ -170,7 +178,7 @@ def _suspicion(failure: Failure, observations: Sequence[Observation]) -> list[st
     ]
     if not failure.consequence or not suspects:
         return []
-    suspect = likely_hung(suspects)
+    suspect = likely_hung(suspects, overdue=())
     return [
         f"rank {suspect.rank} of {len(observations)} seems to hang: nothing new for {suspect.silent:.1f} s, "
         f"while: {suspect.doing}\nrank {failure.rank} gave up on it:\n"

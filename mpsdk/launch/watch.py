@@ -46,7 +46,7 @@ class Watch:
             return diagnosis.departed_text(self._with_log(gone), self._with_stacks(ranks), waited)
         if overdue := self._hung(running):
             ranks = self._with_stacks(ranks)
-            hung = ranks[diagnosis.likely_hung(overdue).rank]
+            hung = diagnosis.likely_hung(ranks, [seen.rank for seen in overdue])
             return diagnosis.hang_text(hung, ranks, self._patience(hung))
         return None
 

@@ -6,4 +6,11 @@ from mpsdk_torch.nn.feed_forward import FeedForward
 from mpsdk_torch.nn.linear import DistributedLinear
 from mpsdk_torch.nn.norm import Norm
 
-__all__ = ["Attention", "DistributedEmbedding", "DistributedLinear", "DistributedOutput", "FeedForward", "Norm"]
+__all__ = [
+    "Attention",
+    "DistributedEmbedding",
+    "DistributedLinear",
+    "DistributedOutput",
+    "FeedForward",
+    "Norm",
+]

@@ -26,7 +26,10 @@ class RotaryTable:
         if key not in self._made:
             angles = torch.outer(torch.arange(length, dtype=torch.float64), self._frequencies)
             angles = torch.cat([angles, angles], dim=-1)
-            self._made[key] = tuple(table.to(like.device, like.dtype) for table in (angles.cos(), angles.sin()))
+            self._made[key] = (
+                angles.cos().to(like.device, like.dtype),
+                angles.sin().to(like.device, like.dtype),
+            )
         return self._made[key]
 
 
@@ -42,13 +45,19 @@ class Attention(nn.Module):
     Shape: (batch, length, width) to the same, with this rank's part of the sequence under sequence parallelism.
     """
 
-    def __init__(self, spec: TransformerSpec, block: int, group: TensorGroup, rotary: RotaryTable | None) -> None:
+    def __init__(
+        self, spec: TransformerSpec, block: int, group: TensorGroup, rotary: RotaryTable | None
+    ) -> None:
         super().__init__()
         self.group, self.rotary, self.head_size = group, rotary, spec.head_size
         self.grouped = spec.heads != spec.key_value_heads
         self.dropout = spec.dropout.attention
         self.site = Site(block, "attention", group.rank)
-        width, queries, pairs = spec.hidden_size, spec.heads * spec.head_size, spec.key_value_heads * spec.head_size
+        width, queries, pairs = (
+            spec.hidden_size,
+            spec.heads * spec.head_size,
+            spec.key_value_heads * spec.head_size,
+        )
 
         def column(out_features: int) -> DistributedLinear:
             return DistributedLinear(width, out_features, cut="column", bias=spec.attention_bias, group=group)

@@ -31,7 +31,9 @@ class FeedForward(nn.Module):
         self.group, self.activation = group, ACTIVATIONS[spec.activation]
         width, inner, bias = spec.hidden_size, spec.feed_forward_size, spec.feed_forward_bias
         self.up = DistributedLinear(width, inner, cut="column", bias=bias, group=group)
-        self.gate = DistributedLinear(width, inner, cut="column", bias=bias, group=group) if spec.gated else None
+        self.gate = (
+            DistributedLinear(width, inner, cut="column", bias=bias, group=group) if spec.gated else None
+        )
         self.down = DistributedLinear(inner, width, cut="row", bias=bias, group=group)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -27,13 +27,21 @@ class DistributedLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, cut: Literal["column", "row"], bias: bool, group: TensorGroup
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        cut: Literal["column", "row"],
+        bias: bool,
+        group: TensorGroup,
     ) -> None:
         super().__init__()
         self.cut, self.group = cut, group
         self.in_features, self.out_features = in_features, out_features
         size = group.size
-        shape = (out_features // size, in_features) if cut == "column" else (out_features, in_features // size)
+        shape = (
+            (out_features // size, in_features) if cut == "column" else (out_features, in_features // size)
+        )
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 

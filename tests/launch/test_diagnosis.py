@@ -66,8 +66,17 @@ def test_without_failures_there_is_no_cause():
 def test_the_rank_that_hangs_is_the_one_that_does_not_wait():
     waiting = seen(0, silent=9.0, activity=Activity(4, 0.0, "step 3: receive activation 2 from stage 1"))
     working = seen(1, silent=8.0)
-    assert likely_hung([waiting, working]) is working
-    assert likely_hung([waiting, seen(1, silent=8.0, activity=waiting.activity)]) is waiting
+    assert likely_hung([waiting, working], overdue=[0]) is working
+    assert likely_hung([waiting, seen(1, silent=8.0, activity=waiting.activity)], overdue=[0, 1]) is waiting
+
+
+def test_a_rank_waits_when_its_stack_ends_in_a_collective():
+    frame = '  File "/site-packages/torch/distributed/distributed_c10d.py", line 3257 in all_reduce\n  File "model.py"'
+    waiting = seen(0, silent=9.0, stack=frame)
+    working = seen(
+        1, silent=8.0, stack='  File "model.py", line 3 in forward\n  File "torch/distributed/run.py"'
+    )
+    assert likely_hung([waiting, working], overdue=[0]) is working
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ LLAMA = {
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
 SEQUENCE_LENGTH = 16
 GLOBAL_BATCH = 16
-Piece = tuple[str, tuple[int, ...], tuple[int, ...], NDArray[np.float32]]  # slot/name, global shape, offset, values
+Piece = tuple[
+    str, tuple[int, ...], tuple[int, ...], NDArray[np.float32]
+]  # slot/name, global shape, offset, values
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def make_plan(family: str, world_size: int, distribution: dict[str, Any], **trai
     )
 
 
-def global_batch(step: int, vocab_size: int, length: int = SEQUENCE_LENGTH, rows: int = GLOBAL_BATCH) -> Batch:
+def global_batch(
+    step: int, vocab_size: int, length: int = SEQUENCE_LENGTH, rows: int = GLOBAL_BATCH
+) -> Batch:
     """Rows of a made-up language in which a token mostly decides the next, so that there is something to learn.
     Some labels are ignored, unevenly over rows."""
     random = np.random.default_rng(1000 + step)
@@ -83,7 +87,13 @@ def rows_of(batch: Batch, plan: Plan, rank: int) -> Batch:
 
 
 def train(
-    place: Place, plan: Plan, steps: int, *, source: TensorSource | None = None, start: int = 0, gradients: bool = True
+    place: Place,
+    plan: Plan,
+    steps: int,
+    *,
+    source: TensorSource | None = None,
+    start: int = 0,
+    gradients: bool = True,
 ) -> Outcome:
     """`steps` optimizer steps from `source`, or from the plan's own initial weights."""
     from mpsdk_torch.backend import TorchBackend
@@ -104,7 +114,9 @@ def train(
             outcome.norms.append(values["grad_norm"])
         state = backend.shards()
         for shard in state.shards:
-            outcome.state.append((f"{shard.slot}/{shard.name}", shard.global_shape, shard.offset, shard.read()))
+            outcome.state.append(
+                (f"{shard.slot}/{shard.name}", shard.global_shape, shard.offset, shard.read())
+            )
         outcome.scalars.update(state.scalars)
         return outcome
     finally:
@@ -150,6 +162,8 @@ class MemorySource:
         self.tensors, self.scalars = tensors, scalars
         self.slots = frozenset(name.split("/")[0] for name in tensors)
 
-    def read(self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    def read(
+        self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> NDArray[np.float32]:
         place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
         return self.tensors[f"{slot}/{name}"][place]

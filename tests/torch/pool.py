@@ -20,7 +20,7 @@ from mpsdk.backend import Place
 CASE_TIMEOUT = 240.0  # seconds; a case takes a few, on a busy machine
 
 
-class CaseFailed(AssertionError):
+class CaseError(AssertionError):
     """A case raised on some rank; the first rank's traceback comes first."""
 
 
@@ -52,13 +52,13 @@ class WorkerPool:
         for rank, (_, connection) in enumerate(chosen):
             if not connection.poll(CASE_TIMEOUT):
                 self.close()
-                raise CaseFailed(f"rank {rank} gave no answer in {CASE_TIMEOUT} s\n" + "\n".join(failures))
+                raise CaseError(f"rank {rank} gave no answer in {CASE_TIMEOUT} s\n" + "\n".join(failures))
             failed, answer = connection.recv()
             if failed:
                 failures.append(f"rank {rank}:\n{answer}")
             answers.append(answer)
         if failures:
-            raise CaseFailed("\n".join(failures))
+            raise CaseError("\n".join(failures))
         return answers
 
     def close(self) -> None:

@@ -23,7 +23,9 @@ def trained(pool: WorkerPool, layout: str, recompute: Any, **training: Any) -> l
 
 @pytest.mark.parametrize("layout", ["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"])
 @pytest.mark.parametrize("mode", RECOMPUTE)
-def test_recompute_on_and_off_are_bit_identical_with_dropout(pool: WorkerPool, layout: str, mode: str) -> None:
+def test_recompute_on_and_off_are_bit_identical_with_dropout(
+    pool: WorkerPool, layout: str, mode: str
+) -> None:
     kept, recomputed = trained(pool, layout, "none"), trained(pool, layout, RECOMPUTE[mode])
     assert recomputed[0].losses == kept[0].losses
     assert recomputed[0].norms == kept[0].norms
@@ -33,7 +35,9 @@ def test_recompute_on_and_off_are_bit_identical_with_dropout(pool: WorkerPool, l
 
 
 def test_dropout_is_applied_and_repeats_from_run_to_run(pool: WorkerPool) -> None:
-    first, again, without = (trained(pool, "single", "none", dropout=rate)[0].losses for rate in (0.1, 0.1, 0.0))
+    first, again, without = (
+        trained(pool, "single", "none", dropout=rate)[0].losses for rate in (0.1, 0.1, 0.0)
+    )
     assert first == again
     assert first[0] != without[0]
 
@@ -48,7 +52,9 @@ def test_every_moment_has_its_own_mask(field: str) -> None:
     moment, site = Moment(seed=1, step=2, microbatch=3), Site(0, "attention", 0)
     other = moment._replace(**{field: 9})
     ones = torch.ones(1000)
-    first, again, changed = (dropout(ones, 0.5, when, site, training=True) for when in (moment, moment, other))
+    first, again, changed = (
+        dropout(ones, 0.5, when, site, training=True) for when in (moment, moment, other)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, changed)
 
@@ -56,5 +62,7 @@ def test_every_moment_has_its_own_mask(field: str) -> None:
 @pytest.mark.parametrize("site", [Site(1, "attention", 0), Site(0, "residual", 0), Site(0, "attention", 1)])
 def test_every_site_has_its_own_mask(site: Site) -> None:
     moment, ones = Moment(seed=1, step=2, microbatch=3), torch.ones(1000)
-    here, there = (dropout(ones, 0.5, moment, where, training=True) for where in (Site(0, "attention", 0), site))
+    here, there = (
+        dropout(ones, 0.5, moment, where, training=True) for where in (Site(0, "attention", 0), site)
+    )
     assert not torch.equal(here, there)

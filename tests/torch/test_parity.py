@@ -57,7 +57,9 @@ def reference(pool: WorkerPool, family: str, steps: int, **training: Any) -> lis
     return _references[key]
 
 
-def assert_close(actual: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]], floor: float = 0.0) -> None:
+def assert_close(
+    actual: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]], floor: float = 0.0
+) -> None:
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         difference = np.abs(actual[name] - wanted).max()
@@ -103,7 +105,9 @@ def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family:
 @pytest.mark.parametrize("layout", ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2"])
 @pytest.mark.parametrize("mode", RECOMPUTE)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_recompute_changes_no_digit_that_matters(pool: WorkerPool, family: str, mode: str, layout: str) -> None:
+def test_recompute_changes_no_digit_that_matters(
+    pool: WorkerPool, family: str, mode: str, layout: str
+) -> None:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     distribution = distribution | {"activation_checkpointing": RECOMPUTE[mode]}
     assert_parity(run(pool, family, world_size, distribution, 3), reference(pool, family, 3))

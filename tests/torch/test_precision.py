@@ -40,7 +40,9 @@ def test_a_step_that_overflows_is_skipped_and_halves_the_scale(pool: WorkerPool)
 
 
 def test_the_scale_doubles_after_enough_good_steps_in_a_row() -> None:
-    scale = LossScale(Precision(mode="fp16", initial_loss_scale=8.0, loss_scale_growth_interval=3), torch.device("cpu"))
+    scale = LossScale(
+        Precision(mode="fp16", initial_loss_scale=8.0, loss_scale_growth_interval=3), torch.device("cpu")
+    )
     seen = []
     for overflowed in (False, False, True, False, False, False, False):
         scale.update(torch.tensor(overflowed))

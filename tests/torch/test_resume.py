@@ -70,7 +70,9 @@ def save(pool: WorkerPool, plan: Plan, root: Path, steps: int = HALF) -> str:
 
 
 @pytest.mark.parametrize("layout", ROUND_TRIP)
-def test_stop_and_resume_in_the_same_layout_is_bit_identical(pool: WorkerPool, layout: str, tmp_path: Path) -> None:
+def test_stop_and_resume_in_the_same_layout_is_bit_identical(
+    pool: WorkerPool, layout: str, tmp_path: Path
+) -> None:
     plan = plan_of(layout)
     whole = pool.run(plan.world_size, train, plan, TOTAL)
     resumed = pool.run(plan.world_size, go_on, plan, save(pool, plan, tmp_path), TOTAL - HALF)
@@ -95,7 +97,9 @@ def test_saved_in_one_layout_and_resumed_in_another_gives_the_same_losses(
     np.testing.assert_allclose(resumed[0].norms, whole[0].norms[HALF:], rtol=BOUND)
 
 
-def test_a_checkpoint_passes_unchanged_through_a_layout_with_uneven_shards(pool: WorkerPool, tmp_path: Path) -> None:
+def test_a_checkpoint_passes_unchanged_through_a_layout_with_uneven_shards(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
     plan = plan_of("pp2-tp2")
     path = save(pool, plan, tmp_path)
     uneven = plan_of("sdp3")
@@ -103,4 +107,6 @@ def test_a_checkpoint_passes_unchanged_through_a_layout_with_uneven_shards(pool:
     source = Checkpoint.open(path)
     for name, values in assemble([p for o in outcomes for p in o.state]).items():
         slot, _, tensor = name.partition("/")
-        np.testing.assert_array_equal(values, source.read(tensor, slot, (0,) * values.ndim, values.shape), err_msg=name)
+        np.testing.assert_array_equal(
+            values, source.read(tensor, slot, (0,) * values.ndim, values.shape), err_msg=name
+        )

@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from mpsdk.backend import IGNORED_LABEL, Place, TensorSource
+from mpsdk.backend import IGNORED_LABEL, Place
 from mpsdk.families import read_model
-from mpsdk.families.describe import describe_spec
 from mpsdk.families.hf import HuggingFaceSource, export
 from mpsdk_torch import from_pretrained
 from tests.torch.cases import (
-    GLOBAL_BATCH,
     MemorySource,
     Outcome,
     assemble,
@@ -26,7 +23,7 @@ from tests.torch.cases import (
     train,
 )
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import BOUND, LAYOUTS, assert_close
+from tests.torch.test_parity import BOUND, LAYOUTS
 
 CONFIGS = {
     "gpt2": GPT2Config(
@@ -56,7 +53,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMod
     model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name or "ln_" in name and name.endswith("weight") else 0.0, 0.05)
+            parameter.normal_(
+                1.0 if "norm" in name or ("ln_" in name and name.endswith("weight")) else 0.0, 0.05
+            )
     directory = tmp_path / "model"
     model.save_pretrained(directory)
     return model.eval(), directory
@@ -65,7 +64,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMod
 def reference_loss(model: PreTrainedModel, batch: Any) -> torch.Tensor:
     logits = model(torch.from_numpy(batch["input_ids"]).long(), use_cache=False).logits
     labels = torch.from_numpy(batch["labels"]).long()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
 def test_logits_are_those_of_transformers(saved: tuple[PreTrainedModel, Path]) -> None:
@@ -90,12 +91,16 @@ def test_training_from_a_saved_directory_follows_transformers_with_torch_adamw(
 
     decay = [p for p in reference.parameters() if p.ndim == 2]
     rest = [p for p in reference.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    )
     losses, norms = [], []
     for step in range(10):
         loss = reference_loss(reference, global_batch(step, 101))
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), plan.training.max_grad_norm).item())
+        norms.append(
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), plan.training.max_grad_norm).item()
+        )
         for group in optimizer.param_groups:
             group["lr"] = plan.training.learning_rate_at(step)
         optimizer.step()

@@ -1,0 +1,33 @@
+"""A worker with a planted fault: `python -m tests.torch.faulty_worker FAULT RANK STEP JOB`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from mpsdk.worker import main
+from mpsdk_torch.step import Trainer
+
+fault, rank, when = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+train = Trainer.step
+
+
+def faulty(self: Trainer, batch: Any, *, step: int, learning_rate: float) -> Any:
+    if self.place.rank == rank and step == when:
+        if fault == "raise":
+            raise ArithmeticError("planted: the rank's own message")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "hang":
+            self.place.note(f"step {step}: a planted wait")
+            time.sleep(3600)
+    return train(self, batch, step=step, learning_rate=learning_rate)
+
+
+if __name__ == "__main__":
+    Trainer.step = faulty
+    sys.argv[1:4] = []
+    main()
