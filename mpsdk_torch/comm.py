@@ -13,8 +13,9 @@ parallelism (Korthikanti et al. 2022, arXiv:2205.05198, figure 5): each forward'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -115,31 +116,42 @@ def leave_parallel(partial: Tensor, group: TensorGroup) -> Tensor:
     return _ReduceFromGroup.apply(partial, group.handle)
 
 
+class Route(NamedTuple):
+    """What travels between two pipeline coordinates (activations, or gradients), and whether up or down the ranks."""
+
+    forward: bool
+    ascending: bool
+
+
 class StageLinks:
     """Point-to-point calls between the pipeline ranks of one line.
 
-    Activations and gradients have a process group each, so that under NCCL, where a pair's transfers run in the order
-    in which they were issued, a waiting send of one never holds back the other. Under gloo the tag tells them apart.
+    Every route has a process group of its own. Under NCCL the transfers between two ranks of a group run in the order in
+    which they were issued, so a send that waits for its receiver holds back what shares its group: on a route of its own
+    that is only what must follow it anyway.
+
+    Args:
+        ranks: the rank at each pipeline coordinate.
+        groups: of each route that the schedule uses; every rank of the line is in each.
     """
 
-    def __init__(
-        self, ranks: tuple[int, ...], forward: dist.ProcessGroup, backward: dist.ProcessGroup
-    ) -> None:
-        self.ranks = ranks
-        self._groups = {True: forward, False: backward}
+    def __init__(self, ranks: tuple[int, ...], groups: Mapping[Route, dist.ProcessGroup]) -> None:
+        self._ranks, self._groups = ranks, groups
         self._pending: list[tuple[dist.Work, Tensor]] = []
 
-    def send(self, tensor: Tensor, to: int, *, tag: int, forward: bool) -> None:
-        """Start sending `tensor` to pipeline coordinate `to`; it is kept until it has gone."""
+    def send(self, tensor: Tensor, source: int, target: int, *, forward: bool, tag: int) -> None:
+        """Start sending `tensor` from pipeline coordinate `source`, which is here; it is kept until it has gone."""
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.ranks[to], group=self._groups[forward], tag=tag)
+        group = self._groups[Route(forward, target > source)]
+        work = dist.isend(tensor, self._ranks[target], group=group, tag=tag)
         self._pending = [(old, kept) for old, kept in self._pending if not old.is_completed()]
         if work is not None:
             self._pending.append((work, tensor))
 
-    def receive(self, into: Tensor, source: int, *, tag: int, forward: bool) -> dist.Work | None:
-        """Start receiving from pipeline coordinate `source`."""
-        return dist.irecv(into, self.ranks[source], group=self._groups[forward], tag=tag)
+    def receive(self, into: Tensor, source: int, target: int, *, forward: bool, tag: int) -> dist.Work | None:
+        """Start receiving from pipeline coordinate `source` at `target`, which is here."""
+        group = self._groups[Route(forward, target > source)]
+        return dist.irecv(into, self._ranks[source], group=group, tag=tag)
 
     def finish(self) -> None:
         """Wait until everything sent has gone."""

@@ -153,11 +153,11 @@ class _Pass:
         assert executor._links is not None
         forward = kind is Kind.SEND_FORWARD
         if forward:
-            tensor, to = self._outputs.pop((stage, microbatch)), stage + 1
+            tensor, target = self._outputs.pop((stage, microbatch)), stage + 1
         else:
-            tensor, to = self._gradients.pop((stage - 1, microbatch)), stage - 1
-        tag = executor._tag(stage, microbatch)
-        executor._links.send(tensor, executor._stage_rank[to], tag=tag, forward=forward)
+            tensor, target = self._gradients.pop((stage - 1, microbatch)), stage - 1
+        owner, tag = executor._stage_rank, executor._tag(stage, microbatch)
+        executor._links.send(tensor, owner[stage], owner[target], forward=forward, tag=tag)
 
     def _receive(self, action: Action) -> None:
         executor, (kind, stage, microbatch) = self._executor, action
@@ -166,9 +166,9 @@ class _Pass:
         source = stage - 1 if forward else stage + 1
         into = executor._hidden()
         (self._inputs if forward else self._gradients)[(stage, microbatch)] = into
-        tag = executor._tag(source, microbatch)
+        owner, tag = executor._stage_rank, executor._tag(source, microbatch)
         self._arriving[kind, stage, microbatch] = executor._links.receive(
-            into, executor._stage_rank[source], tag=tag, forward=forward
+            into, owner[source], owner[stage], forward=forward, tag=tag
         )
 
     def _wait(self, kind: Kind, stage: int, microbatch: int) -> None:

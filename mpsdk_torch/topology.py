@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mpsdk.backend import Place
 from mpsdk.plan import Plan
 from mpsdk.topology import Coordinates
-from mpsdk_torch.comm import StageLinks, TensorGroup
+from mpsdk_torch.comm import Route, StageLinks, TensorGroup
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ def make_groups(plan: Plan, rank: int, device: torch.device, *, sharding: bool) 
     tensor = group(("tp",))
     data = group(("dp", "sdp"))
     model = group(("pp", "sdp", "tp"))
-    pipeline = topology.group(rank, ("pp",))
-    links = None
-    if len(pipeline) > 1:
-        links = StageLinks(pipeline, forward=_new_group(pipeline), backward=_new_group(pipeline))
+    mesh = _sharding_mesh(plan, rank, device) if sharding else None
+    links = _stage_links(plan, rank) if plan.degrees.pp > 1 else None
     tied_ranks = plan.tied_group(rank)
     return Groups(
         coordinates=coordinates,
@@ -88,8 +87,17 @@ def make_groups(plan: Plan, rank: int, device: torch.device, *, sharding: bool) 
         model=model,
         tied=_new_group(tied_ranks) if tied_ranks else None,
         links=links,
-        sharding=_sharding_mesh(plan, rank, device) if sharding else None,
+        sharding=mesh,
     )
+
+
+def _stage_links(plan: Plan, rank: int) -> StageLinks:
+    routes: set[Route] = set()
+    for source, target in pairwise(plan.schedule.stage_rank):
+        if source != target:
+            routes |= {Route(True, target > source), Route(False, source > target)}
+    ranks = plan.topology.group(rank, ("pp",))
+    return StageLinks(ranks, {route: _new_group(ranks) for route in sorted(routes)})
 
 
 def _sharding_mesh(plan: Plan, rank: int, device: torch.device) -> DeviceMesh:
@@ -109,8 +117,9 @@ def _sharding_mesh(plan: Plan, rank: int, device: torch.device) -> DeviceMesh:
 
 
 def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    # Only the members take part, so ranks may make different groups; each rank makes its groups in the same order of
-    # axes, which keeps two overlapping groups from waiting for each other.
+    # Only the members take part, which is quick in a large world. torch names such a group after its members and the
+    # number of groups that a rank has made before, so members must have made equally many: every rank makes the same
+    # kinds of group in the same order, and the tied group, which only two stages have, comes last.
     group = dist.new_group(list(ranks), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group

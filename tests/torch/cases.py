@@ -107,7 +107,7 @@ def train(
             _record_first_gradients(backend, outcome.gradients)
         vocab = plan.description.vocab_size or 0
         for step in range(start, start + steps):
-            batch = rows_of(global_batch(step, vocab), plan, place.rank)
+            batch = rows_of(global_batch(step, vocab, rows=plan.training.global_batch), plan, place.rank)
             rate = plan.training.learning_rate_at(step)
             values = backend.step(batch, step=step, learning_rate=rate).read()
             outcome.losses.append(values["loss"])

@@ -25,9 +25,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": {"degree": 2, "microbatches": 4}}),
     "pp2-gpipe": (2, {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "gpipe"}}),
     "pp4": (4, {"pipeline": {"degree": 4, "microbatches": 8}}),
+    "pp2-dp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}}),
+    "pp2-dp2-tp2": (8, {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2}),
     "pp2-sdp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2}),
     "pp2-tp2": (4, {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2}),
     "sdp2-tp2": (4, {"sharded_data_parallel": 2, "tensor_parallel": 2}),
+    "pp2-tp2-placed": (
+        4,
+        {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2, "placement": "tp,cp,sdp,dp,pp"},
+    ),
     "pp2-sdp2-tp2": (
         8,
         {"pipeline": {"degree": 2, "microbatches": 2}, "sharded_data_parallel": 2, "tensor_parallel": 2},
@@ -111,3 +117,16 @@ def test_recompute_changes_no_digit_that_matters(
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     distribution = distribution | {"activation_checkpointing": RECOMPUTE[mode]}
     assert_parity(run(pool, family, world_size, distribution, 3), reference(pool, family, 3))
+
+
+@pytest.mark.parametrize("level", ["parameters", "gradients", "optimizer"])
+def test_shards_of_unequal_size_change_nothing(pool: WorkerPool, level: str) -> None:
+    """Three ranks divide neither 64 nor 104 rows."""
+    distribution = {"sharded_data_parallel": {"degree": 3, "level": level}}
+    outcomes = run(pool, "gpt2", 3, distribution, 3, global_batch=24)
+    assert_parity(outcomes, reference(pool, "gpt2", 3, global_batch=24))
+
+
+def test_stages_of_unequal_size_change_nothing(pool: WorkerPool) -> None:
+    distribution = {"pipeline": {"degree": 3, "microbatches": 4, "partition": [1, 2, 1]}}
+    assert_parity(run(pool, "llama", 3, distribution, 3), reference(pool, "llama", 3))

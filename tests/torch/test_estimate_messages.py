@@ -1,0 +1,158 @@
+"""The estimate's messages and FLOPs against what PyTorch really sends and multiplies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mpsdk.backend import Place
+from mpsdk.estimate import estimate
+from mpsdk.initialise import RandomSource
+from mpsdk.plan import Plan
+from mpsdk.topology import AXES
+from tests.torch.cases import global_batch, make_plan, rows_of
+from tests.torch.pool import WorkerPool
+
+Sent = Counter[tuple[str, tuple[int, ...], int]]  # collective, ranks, bytes of the payload
+
+# What torch.distributed's calls become, and which of their tensors is the payload: the last is what goes in.
+COLLECTIVES = {
+    "c10d.allreduce_.default": "all-reduce",
+    "c10d._allgather_base_.default": "all-gather",
+    "c10d._reduce_scatter_base_.default": "reduce-scatter",
+    "c10d.send.default": "send",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the messages that are sent, and the FLOPs of matrix products, while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Sent = Counter()
+        self.matrix_flops = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        operation = str(func)
+        if operation in COLLECTIVES:
+            (group,) = (
+                dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a)
+            )
+            payload = [tensor for tensor in tree_iter(args) if isinstance(tensor, torch.Tensor)][-1]
+            ranks = tuple(dist.get_process_group_ranks(group))
+            self.sent[COLLECTIVES[operation], ranks, payload.nbytes] += 1
+        elif operation.startswith("c10d.") and operation != "c10d.recv_.default":
+            raise AssertionError(f"{operation} is not counted")
+        elif operation in ("aten.mm.default", "aten.addmm.default"):
+            first, second = args[-2:]
+            self.matrix_flops += 2 * first.shape[0] * first.shape[1] * second.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_group(script_object: Any) -> bool:
+    return "ProcessGroup" in str(script_object._type())
+
+
+def record(place: Place, plan: Plan) -> tuple[Sent, Sent, int]:
+    """What this rank sends in a second step, what it sends to report it, and FLOPs of its matrix products."""
+    from mpsdk_torch.backend import TorchBackend
+
+    backend = TorchBackend()
+    try:
+        backend.build(plan, place)
+        backend.load(RandomSource(plan.description, plan.training.seed))
+        batch = rows_of(global_batch(0, plan.description.vocab_size or 0), plan, place.rank)
+        backend.step(batch, step=0, learning_rate=1e-3).read()
+        with Recorder() as step:
+            result = backend.step(batch, step=1, learning_rate=1e-3)
+        with Recorder() as report:
+            result.read()
+        return step.sent, report.sent, step.matrix_flops
+    finally:
+        backend.close()
+
+
+def expected(plan: Plan, rank: int, every: str) -> Sent:
+    """The messages that the estimate says `rank` sends."""
+    sent: Sent = Counter()
+    place = plan.topology.coordinates(rank)
+    for message in estimate(plan, device="cpu").messages_of(rank).messages:
+        if message.every != every:
+            continue
+        group = plan.topology.group(rank, message.axes)
+        if message.purpose == "gradients of tied tensors":
+            group = plan.tied_group(rank) or ()
+        assert len(group) == message.ranks or message.collective == "send", (place, AXES, message)
+        sent[message.collective, group, message.bytes] += message.count
+    return sent
+
+
+SEVERAL: dict[str, Any] = {"pipeline": {"microbatches": 2}}
+TP2 = SEVERAL | {"tensor_parallel": 2}
+TP2_WHOLE = SEVERAL | {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}
+PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}}
+PP3: dict[str, Any] = {"pipeline": {"degree": 3, "microbatches": 4, "partition": [1, 2, 1]}}
+SDP2 = {"sharded_data_parallel": 2}
+SDP3 = {"sharded_data_parallel": 3}
+GRADIENTS = {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}
+OPTIMIZER = {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}
+BF16 = {"precision": "bf16"}
+FULL = {"activation_checkpointing": "full"}
+OFFLOAD = {"activation_checkpointing": {"mode": "full", "offload": True}}
+BOTH = {"activation_checkpointing": {"mode": "selective", "keep": ["attention", "matmul"]}}
+UNTIED = {"model": {"tie_word_embeddings": False}}
+DROPOUT = {"dropout": 0.1}
+ONE_BACKWARD = {"accumulation": 1}
+
+# name: family, ranks, distribution, training and model
+CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+    "single": ("gpt2", 1, SEVERAL, {}),
+    "dp2": ("gpt2", 2, SEVERAL, {}),
+    "dp2-bf16": ("llama", 2, SEVERAL | BF16, {}),
+    "sdp2": ("gpt2", 2, SEVERAL | SDP2, {}),
+    "sdp2-untied": ("llama", 2, SEVERAL | SDP2, UNTIED),
+    "sdp2-untied-one-backward": ("llama", 2, SDP2, UNTIED | ONE_BACKWARD),
+    "sdp3-uneven": ("gpt2", 3, SDP3 | BF16, {"global_batch": 24}),
+    "sdp2-gradients": ("llama", 2, SEVERAL | GRADIENTS | BF16, {}),
+    "sdp2-optimizer": ("gpt2", 2, SEVERAL | OPTIMIZER, {}),
+    "dp2-sdp2": ("gpt2", 4, SEVERAL | SDP2, {}),
+    "dp2-sdp2-gradients": ("llama", 4, SEVERAL | GRADIENTS, {}),
+    "tp2": ("gpt2", 2, TP2, {}),
+    "tp2-whole-sequence": ("llama", 2, TP2_WHOLE, {}),
+    "tp2-full": ("gpt2", 2, TP2 | FULL, {}),
+    "tp2-full-dropout": ("gpt2", 2, TP2 | FULL, DROPOUT),
+    "tp2-offload": ("llama", 2, TP2 | OFFLOAD, {}),
+    "tp2-both": ("llama", 2, TP2 | BOTH, {}),
+    "tp2-whole-sequence-full": ("gpt2", 2, TP2_WHOLE | FULL, {}),
+    "pp2": ("gpt2", 2, PP2, {}),
+    "pp3": ("llama", 3, PP3 | BF16, {}),
+    "pp2-sdp2": ("gpt2", 4, PP2 | SDP2, {}),
+    "pp2-sdp2-one-pass": ("llama", 4, PP2 | SDP2, ONE_BACKWARD),
+    "pp2-tp2": ("llama", 4, PP2 | {"tensor_parallel": 2} | FULL, {}),
+    "pp2-sdp2-tp2": ("gpt2", 8, PP2 | SDP2 | {"tensor_parallel": 2} | BF16, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_messages_of_a_step(pool: WorkerPool, case: str) -> None:
+    family, world_size, distribution, training = CASES[case]
+    plan = make_plan(family, world_size, distribution, **training)
+    for rank, (step, report, _) in enumerate(pool.run(world_size, record, plan)):
+        assert step == expected(plan, rank, "step"), rank
+        assert report == expected(plan, rank, "report"), rank
