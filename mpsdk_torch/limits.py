@@ -6,7 +6,7 @@ from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import Problem
 
-SCHEDULES = ("gpipe", "1f1b")
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
 
 
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
@@ -16,7 +16,7 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
     if distribution.pipeline.degree > 1 and schedule not in SCHEDULES:
         problems.append(
             Problem(
-                "pipeline.schedule", schedule, f"the PyTorch backend runs {' and '.join(SCHEDULES)} so far"
+                "pipeline.schedule", schedule, f"the PyTorch backend runs {', '.join(SCHEDULES)} so far"
             )
         )
     sharded = distribution.sharded_data_parallel

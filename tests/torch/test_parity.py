@@ -13,6 +13,7 @@ from tests.torch.pool import WorkerPool
 
 BOUND = 1e-5
 
+INTERLEAVED = {"degree": 2, "microbatches": 2, "schedule": "interleaved", "virtual_stages": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "sdp2-parameters": (2, {"sharded_data_parallel": 2}),
@@ -25,6 +26,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": {"degree": 2, "microbatches": 4}}),
     "pp2-gpipe": (2, {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "gpipe"}}),
     "pp4": (4, {"pipeline": {"degree": 4, "microbatches": 8}}),
+    "pp2-interleaved": (2, {"pipeline": INTERLEAVED}),
+    "pp2-sdp2-interleaved": (4, {"pipeline": INTERLEAVED, "sharded_data_parallel": 2}),
+    "pp2-tp2-interleaved": (4, {"pipeline": INTERLEAVED, "tensor_parallel": 2}),
     "pp2-dp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}}),
     "pp2-dp2-tp2": (8, {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2}),
     "pp2-sdp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2}),
