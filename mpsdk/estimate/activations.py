@@ -8,7 +8,7 @@ kept to its bytes; an entry is one buffer, which several operations may keep at 
 from __future__ import annotations
 
 from mpsdk.config import ActivationCheckpointing
-from mpsdk.estimate.frameworks import Kernels
+from mpsdk.estimate.frameworks import Attention, Kernels, attention_kernel
 from mpsdk.estimate.sizes import FP32, INDEX, Sizes
 from mpsdk.families.spec import TransformerSpec
 
@@ -179,12 +179,8 @@ def _matmul_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Ke
     return results | {"feed_forward.up": inner, "feed_forward.down": sizes.whole_hidden}
 
 
-def _attention_kernel(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> str:
-    return kernels.attention(
-        fp32=sizes.compute == FP32,
-        grouped=spec.heads != spec.key_value_heads,
-        dropout=spec.dropout.attention > 0,
-    )
+def _attention_kernel(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Attention:
+    return attention_kernel(spec, kernels, fp32=sizes.compute == FP32)
 
 
 def _token_pairs(sizes: Sizes) -> int:

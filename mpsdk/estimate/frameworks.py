@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mpsdk.families.spec import TransformerSpec
+
 Device = Literal["gpu", "cpu"]
 Level = Literal["parameters", "gradients", "optimizer"]
 Attention = Literal["fused", "math"]
@@ -67,16 +69,27 @@ class Kernels:
         return "math" if grouped and fp32 and not self.grouped_fp32_attention else "fused"
 
 
+def attention_kernel(spec: TransformerSpec, kernels: Kernels, *, fp32: bool) -> Attention:
+    """Which attention runs in a model."""
+    grouped = spec.heads != spec.key_value_heads
+    return kernels.attention(fp32=fp32, grouped=grouped, dropout=spec.dropout.attention > 0)
+
+
 @dataclass(frozen=True)
 class Framework:
     """A framework's mechanisms.
 
     `gathers_copies`: whether the weights that compute are copies of those that are updated wherever there are several
     data ranks, even in fp32 and unshared (FSDP2 gathers into buffers of its own on a mesh of one shard too).
+    `prefetches_by_past_order`: whether a unit's backward, unless told otherwise, gathers the unit whose forward came before
+    its own (FSDP2's default). `stops_recompute_early`: whether computing a block again stops at the last tensor that its
+    backward needs (PyTorch's checkpoint without reentrance).
     """
 
     sharding: dict[Level, Sharding]
     gathers_copies: bool
+    prefetches_by_past_order: bool
+    stops_recompute_early: bool
     kernels: dict[Device, Kernels]
 
 
@@ -102,8 +115,22 @@ TORCH_KERNELS: dict[Device, Kernels] = {
     ),
 }
 
-FRAMEWORKS = {"torch": Framework(FSDP2, gathers_copies=True, kernels=TORCH_KERNELS)}
-OTHERS = Framework(ZERO, gathers_copies=False, kernels=TORCH_KERNELS)
+FRAMEWORKS = {
+    "torch": Framework(
+        FSDP2,
+        gathers_copies=True,
+        prefetches_by_past_order=True,
+        stops_recompute_early=True,
+        kernels=TORCH_KERNELS,
+    )
+}
+OTHERS = Framework(
+    ZERO,
+    gathers_copies=False,
+    prefetches_by_past_order=False,
+    stops_recompute_early=False,
+    kernels=TORCH_KERNELS,
+)
 
 
 def framework_of(name: str) -> Framework:

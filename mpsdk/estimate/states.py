@@ -26,6 +26,9 @@ def moments(training: Training) -> int:
     return _MOMENTS[training.optimizer]
 
 
+BOTH_ENDS = "embedding and head"  # one unit, when they are tied on one rank
+
+
 @dataclass(frozen=True)
 class Unit:
     """Parameters that are gathered and reduced together: a block, the embedding, the head, or both when they are tied
@@ -43,6 +46,11 @@ class Unit:
     @property
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes))
+
+    @property
+    def joins_ends(self) -> bool:
+        """Whether it is embedding and head in one."""
+        return self.name == BOTH_ENDS
 
     def shard(self, sdp: int, degree: int) -> int:
         """Elements at coordinate `sdp` of `degree`."""
@@ -76,9 +84,7 @@ def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
     tied_here = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
     for number, held in enumerate(tensors):
         part = held.tensor.part
-        name = (
-            f"block {held.tensor.block}" if part == "block" else "embedding and head" if tied_here else part
-        )
+        name = f"block {held.tensor.block}" if part == "block" else BOTH_ENDS if tied_here else part
         groups.setdefault(name, []).append(number)
     return tuple(
         Unit(
@@ -103,11 +109,14 @@ def share_classes(units: Iterable[Unit], degree: int) -> list[ShareClass]:
         changes |= {full, full + 1}
     starts = sorted(change for change in changes if change < degree)
     classes: list[ShareClass] = []
+    before: dict[tuple[int, ...], int] = {}
     for start, stop in pairwise([*starts, degree]):
         shares = {shape: shard_elements(shape, start, degree) for shape in counts}
+        if shares == before:
+            classes[-1] = classes[-1]._replace(stop=stop)
+            continue
         elements = sum(shares[shape] * count for shape, count in counts.items())
         tensors = sum(count for shape, count in counts.items() if shares[shape])
-        if classes and (classes[-1].elements, classes[-1].tensors) == (elements, tensors):
-            start = classes.pop().start
         classes.append(ShareClass(start, stop, elements, tensors))
+        before = shares
     return classes

@@ -1,0 +1,180 @@
+"""Account: what one pipeline rank has to do and to hold, in numbers; what memory, messages and FLOPs are reckoned from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from mpsdk.estimate.frameworks import Attention, Device, Level, attention_kernel, framework_of
+from mpsdk.estimate.sizes import COMPUTE_BYTES, FP32, sizes_of
+from mpsdk.estimate.states import ShareClass, Unit, shard_elements, share_classes, stage_units
+from mpsdk.plan import Plan
+from mpsdk.schedule import Kind
+
+
+class Account:
+    """The pipeline rank at coordinate `pp` of `plan`, on one kind of device.
+
+    `sizes` is None for a model that is known by its tensors only; then what depends on its layers stays out.
+    """
+
+    def __init__(self, plan: Plan, device: Device, pp: int) -> None:
+        self.plan, self.device, self.pp = plan, device, pp
+        self.framework = framework_of(plan.framework)
+        self.kernels = self.framework.kernels[device]
+        self.sizes = sizes_of(plan)
+        self.compute = COMPUTE_BYTES[plan.distribution.precision.mode]
+        self.degree = plan.degrees.sdp
+        sharded = plan.distribution.sharded_data_parallel
+        level: Level = (
+            sharded.level if self.degree > 1 else "optimizer"
+        )  # with one share there is nothing to share
+        self.sharding = self.framework.sharding[level]
+        self.prefetch = sharded.prefetch
+        self.recompute = plan.distribution.activation_checkpointing
+        self.stages = tuple(stage for stage, owner in enumerate(plan.schedule.stage_rank) if owner == pp)
+
+    # -- stages -----------------------------------------------------------------------------------------------------
+
+    def is_first(self, stage: int) -> bool:
+        return stage == 0
+
+    def is_last(self, stage: int) -> bool:
+        return stage == len(self.plan.stages) - 1
+
+    @property
+    def has_last(self) -> bool:
+        return self.is_last(self.stages[-1])
+
+    def blocks(self, stage: int) -> int:
+        start, stop = self.plan.stages[stage]
+        return stop - start
+
+    def block_kinds(self, stage: int) -> tuple[str, ...]:
+        """The kind of each block of `stage`."""
+        start, stop = self.plan.stages[stage]
+        return self.plan.description.blocks[start:stop]
+
+    @property
+    def attention(self) -> Attention:
+        """Which attention kernel runs."""
+        spec = self.plan.description.spec
+        return "fused" if spec is None else attention_kernel(spec, self.kernels, fp32=self.compute == FP32)
+
+    @property
+    def backwards(self) -> int:
+        """Backwards of a stage in a step."""
+        return self.plan.microbatches * self.plan.training.accumulation
+
+    def most_in_flight(self, bytes_of: dict[int, int]) -> int:
+        """The most that microbatches in flight take together, when one takes `bytes_of[stage]` from its forward until
+        the last part of its backward."""
+        held = most = 0
+        for kind, stage, _ in self.plan.schedule.actions[self.pp]:
+            if kind is Kind.FORWARD:
+                held += bytes_of[stage]
+                most = max(most, held)
+            elif kind is Kind.BACKWARD or kind is Kind.BACKWARD_WEIGHT:
+                held -= bytes_of[stage]
+        return most
+
+    # -- states -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def units(self) -> dict[int, tuple[Unit, ...]]:
+        return {stage: stage_units(self.plan, stage) for stage in self.stages}
+
+    @cached_property
+    def all_units(self) -> tuple[Unit, ...]:
+        return tuple(unit for units in self.units.values() for unit in units)
+
+    @cached_property
+    def shares(self) -> list[ShareClass]:
+        return share_classes(self.all_units, self.degree)
+
+    @cached_property
+    def whole(self) -> int:
+        """Elements of this rank's stages before sharded data parallelism."""
+        return sum(unit.elements for unit in self.all_units)
+
+    @cached_property
+    def largest_unit(self) -> int:
+        """Elements of the largest unit, as collectives carry it."""
+        return max(unit.padded(self.degree) for unit in self.all_units)
+
+    @property
+    def copies(self) -> bool:
+        """Whether layers compute with other buffers than those that are updated."""
+        shared = self.degree > 1 and self.sharding.shares_parameters
+        eager = self.framework.gathers_copies and self.plan.data_size > 1
+        return shared or eager or self.compute != FP32
+
+    @property
+    def reduces_each(self) -> bool:
+        """Whether gradients are reduced after each backward of a step."""
+        return self.sharding.shares_gradients or (self.copies and self.backwards == 1)
+
+    def gathered(self, ahead: int) -> int:
+        """Bytes of whole weights while one unit computes and `ahead` of its neighbours are gathered too."""
+        if not self.copies:
+            return 0
+        sizes = [[unit.padded(self.degree) for unit in units] for units in self.units.values()]
+        if self.sharding.gathers == "stage":
+            return self.compute * sum(map(sum, sizes))
+        windows = (sum(stage[at : at + 1 + ahead]) for stage in sizes for at in range(len(stage)))
+        return self.compute * max(windows)
+
+    def gathers_in_vain(self, stage: int) -> int:
+        """Gathers of the last unit of `stage` that nobody waits for, in a step.
+
+        Where a framework prefetches by the order of past forwards, the first unit's backward gathers what came before
+        it: the last unit, of an earlier microbatch. That serves whatever comes next, except at the end of a step, and
+        except when the step has no earlier microbatch that the stage had already let go.
+        """
+        units = self.units[stage]
+        if self.sharding.gathers != "block" or not self.framework.prefetches_by_past_order or len(units) == 1:
+            return 0
+        if units[0].joins_ends:
+            return 0  # the last unit is the embedding's too, and whole until its backward, the last of all
+        return 1 if self.plan.training.accumulation > 1 or self._empties(stage) else 0
+
+    def _empties(self, stage: int) -> bool:
+        """Whether, before the end of a pass, `stage` has a moment with no microbatch in flight."""
+        held = emptied = 0
+        for kind, where, _ in self.plan.schedule.actions[self.pp]:
+            if where == stage and kind is Kind.FORWARD:
+                held += 1
+            elif where == stage and (kind is Kind.BACKWARD or kind is Kind.BACKWARD_WEIGHT):
+                held -= 1
+                emptied += held == 0
+        return emptied > 1
+
+    def flat(self, share: ShareClass) -> tuple[int, int]:
+        """Elements of the flat sums before an update: of tied tensors, and of replicated tensors under sequence
+        parallelism, where each rank has seen a part of the sequence only."""
+        sequence_parallel = self.sizes is not None and self.sizes.sequence_parallel
+        copied = self.plan.schedule.stage_rank[0] != self.plan.schedule.stage_rank[-1]
+        tied = replicated = 0
+        for unit in self.all_units:
+            for shape, whole, twice in zip(unit.shapes, unit.replicated, unit.tied, strict=True):
+                elements = shard_elements(shape, share.start, self.degree)
+                tied += elements if twice and copied else 0
+                replicated += elements if whole and sequence_parallel else 0
+        return tied, replicated
+
+    # -- recompute --------------------------------------------------------------------------------------------------
+
+    @property
+    def offloads(self) -> bool:
+        """Whether inputs of blocks go to other memory than the device's own."""
+        return self.recompute.offload and self.device != "cpu"
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a block that is computed again stops before its down projection, whose result no backward needs.
+
+        PyTorch's checkpoint without reentrance stops at the last tensor that a backward needs; dropout after the down
+        projection needs its mask.
+        """
+        spec = self.plan.description.spec
+        dropped = spec is not None and spec.dropout.residual > 0
+        return self.framework.stops_recompute_early and not self.recompute.offload and not dropped
