@@ -6,7 +6,9 @@ is dropped as soon as it is sent: the backward needs only its place in the graph
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,23 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mpsdk.schedule import Action, Kind
 from mpsdk_torch.comm import StageLinks
+from mpsdk_torch.nn.deferred import WeightGradients, deferring
 
 Forward = Callable[[Tensor | None, int], Tensor]
 """A stage: hidden states from the stage before (None at the first) and the microbatch's number, to its output."""
 
 Loss = Callable[[Tensor, int], Tensor]
 """The last stage's output and the microbatch's number, to the scalar to differentiate."""
+
+
+class Reduction(Protocol):
+    """Whoever reduces gradients over data ranks, told of every backward. `last`: the step's last one of that stage."""
+
+    def before_backward(self, stage: int, *, last: bool, complete: bool) -> None:
+        """`complete` is False when weight gradients of the same microbatch follow."""
+        ...
+
+    def after_weight_gradients(self, stage: int, *, last: bool) -> None: ...
 
 
 class Executor:
@@ -30,7 +43,7 @@ class Executor:
         stages: this rank's stages by number.
         stage_rank: the pipeline coordinate of every stage.
         hidden: makes an empty tensor of the shape and dtype that travels between stages.
-        before_backward: told (stage, whether it is the last backward of that stage) before each backward.
+        reduction: told of each backward.
         note: told each action before it runs.
     """
 
@@ -42,12 +55,12 @@ class Executor:
         stage_rank: Sequence[int],
         links: StageLinks | None,
         hidden: Callable[[], Tensor],
-        before_backward: Callable[[int, bool], None],
+        reduction: Reduction,
         note: Callable[[str], None],
     ) -> None:
         self._stages, self._loss, self._links = stages, loss, links
         self._stage_rank, self._last_stage = stage_rank, len(stage_rank) - 1
-        self._hidden, self._before_backward, self._note = hidden, before_backward, note
+        self._hidden, self._reduction, self._note = hidden, reduction, note
 
     def run(self, actions: Sequence[Action], *, final: bool = True) -> None:
         """Run a training schedule; `final`: no further pass of this step follows."""
@@ -80,13 +93,15 @@ class _Pass:
     def __init__(self, executor: Executor, actions: Sequence[Action], *, final: bool) -> None:
         self._executor = executor
         self._inputs: dict[tuple[int, int], Tensor] = {}
-        self._outputs: dict[
-            tuple[int, int], Tensor
-        ] = {}  # waiting to be sent, or for the next stage on this rank
+        self._outputs: dict[tuple[int, int], Tensor] = {}  # to be sent, or for the next stage on this rank
         self._edges: dict[tuple[int, int], GradientEdge] = {}
         self._gradients: dict[tuple[int, int], Tensor] = {}  # of a stage's output, received
         self._arriving: dict[tuple[Kind, int, int], dist.Work | None] = {}
-        self._backwards_left = _count(actions, Kind.BACKWARD) if final else {}
+        self._weights: dict[tuple[int, int], WeightGradients] = {}  # put off by a backward of inputs
+        complete = (
+            action.stage for action in actions if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
+        )
+        self._left = Counter(complete) if final else Counter[int]()  # backwards that complete a microbatch
 
     def do(self, action: Action) -> None:
         match action.kind:
@@ -94,14 +109,14 @@ class _Pass:
                 self._forward(action.stage, action.microbatch)
             case Kind.BACKWARD:
                 self._backward(action.stage, action.microbatch)
+            case Kind.BACKWARD_INPUT:
+                self._backward_input(action.stage, action.microbatch)
+            case Kind.BACKWARD_WEIGHT:
+                self._backward_weight(action.stage, action.microbatch)
             case Kind.SEND_FORWARD | Kind.SEND_BACKWARD:
                 self._send(action)
             case Kind.RECEIVE_FORWARD | Kind.RECEIVE_BACKWARD:
                 self._receive(action)
-            case _:
-                raise NotImplementedError(
-                    f"action {action} splits the backward, which this executor does not do yet"
-                )
 
     def _forward(self, stage: int, microbatch: int) -> None:
         key = (stage, microbatch)
@@ -128,25 +143,36 @@ class _Pass:
         return hidden.requires_grad_(torch.is_grad_enabled())
 
     def _backward(self, stage: int, microbatch: int) -> None:
+        last = self._completes_last(stage)
+        self._executor._reduction.before_backward(stage, last=last, complete=True)
+        self._differentiate(stage, microbatch)
+
+    def _backward_input(self, stage: int, microbatch: int) -> None:
+        self._executor._reduction.before_backward(stage, last=False, complete=False)
+        with deferring(self._weights.setdefault((stage, microbatch), [])):
+            self._differentiate(stage, microbatch)
+
+    def _backward_weight(self, stage: int, microbatch: int) -> None:
+        for add_gradient in self._weights.pop((stage, microbatch)):
+            add_gradient()
+        self._executor._reduction.after_weight_gradients(stage, last=self._completes_last(stage))
+
+    def _differentiate(self, stage: int, microbatch: int) -> None:
         key = (stage, microbatch)
         gradient = None
         if stage != self._executor._last_stage:
-            if key not in self._gradients:
-                raise RuntimeError(f"no gradient for the output of stage {stage}, microbatch {microbatch}")
             self._wait(Kind.RECEIVE_BACKWARD, stage, microbatch)
-            gradient = self._gradients.pop(key)
-        self._executor._before_backward(stage, self._is_last_backward(stage))
-        torch.autograd.backward((self._edges.pop(key),), None if gradient is None else (gradient,))
+            gradient = (self._gradients.pop(key),)
+        torch.autograd.backward((self._edges.pop(key),), gradient)
         hidden = self._inputs.pop(key, None)
         if hidden is not None:
             assert hidden.grad is not None
             self._gradients[(stage - 1, microbatch)] = hidden.grad
 
-    def _is_last_backward(self, stage: int) -> bool:
-        if stage not in self._backwards_left:
-            return False
-        self._backwards_left[stage] -= 1
-        return self._backwards_left[stage] == 0
+    def _completes_last(self, stage: int) -> bool:
+        """Note that a microbatch is complete at `stage`; whether it was the step's last one."""
+        self._left[stage] -= 1
+        return self._left[stage] == 0
 
     def _send(self, action: Action) -> None:
         executor, (kind, stage, microbatch) = self._executor, action
@@ -177,11 +203,3 @@ class _Pass:
             source = stage - 1 if kind is Kind.RECEIVE_FORWARD else stage + 1
             self._executor._note(f"waiting for microbatch {microbatch} of stage {source}")
             work.wait()
-
-
-def _count(actions: Sequence[Action], kind: Kind) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for action in actions:
-        if action.kind is kind:
-            counts[action.stage] = counts.get(action.stage, 0) + 1
-    return counts

@@ -6,19 +6,10 @@ from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import Problem
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
-
 
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
     """Everything in the request that the PyTorch backend has no implementation for."""
     problems: list[Problem] = []
-    schedule = distribution.pipeline.schedule
-    if distribution.pipeline.degree > 1 and schedule not in SCHEDULES:
-        problems.append(
-            Problem(
-                "pipeline.schedule", schedule, f"the PyTorch backend runs {', '.join(SCHEDULES)} so far"
-            )
-        )
     sharded = distribution.sharded_data_parallel
     if sharded.degree > 1 and sharded.prefetch == 0:
         problems.append(

@@ -107,9 +107,12 @@ class ShardedOptimizer:
 
     def _sum_tied_gradients(self) -> None:
         """A tied tensor has a copy on the first stage and one on the last; both get the sum of their gradients."""
-        if self.groups.tied is None:
-            return
-        _all_reduce_flat(_gradients(h for h in self.held if h.planned.tied), self.groups.tied)
+        copies = _gradients(item for item in self.held if item.planned.tied)
+        if self.groups.tied is not None:
+            _all_reduce_flat(copies, self.groups.tied)
+        elif copies:  # both stages are here, as in a schedule shaped like a V
+            first, last = copies
+            last.copy_(first.add_(last))
 
     def _sum_split_gradients(self) -> None:
         """Under sequence parallelism a replicated parameter sees only a part of the sequence on each rank."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from mpsdk.plan import Plan
+from mpsdk_torch.nn import DistributedLinear, DistributedOutput
+from mpsdk_torch.nn.deferred import deferrable_linear
 from mpsdk_torch.recompute import set_recompute
 from mpsdk_torch.sharded import needs_sharding, shard
 from mpsdk_torch.topology import Groups
@@ -24,6 +26,10 @@ def parallelize(plan: Plan, stage: int, groups: Groups) -> Transformer:
             last=stage == len(plan.stages) - 1,
             group=groups.tensor,
         )
+    if plan.schedule.splits_backward:
+        for layer in model.modules():
+            if isinstance(layer, DistributedLinear | DistributedOutput):
+                layer.linear = deferrable_linear
     pin_memory = groups.device.type == "cuda"
     set_recompute(model, plan.distribution.activation_checkpointing, pin_memory=pin_memory)
     if needs_sharding(plan):

@@ -14,6 +14,8 @@ Replicas are summed once a step at every level.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -52,15 +54,29 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
         block.set_modules_to_backward_prefetch(blocks[max(0, index - ahead) : index][::-1])
 
 
-def before_backward(stage: nn.Module, plan: Plan, *, last: bool) -> None:
-    """Tell FSDP2 what the coming backward of `stage` is to reduce; `last`: it is the step's last one."""
-    if not isinstance(stage, FSDPModule):
-        return
-    level = _level(plan)
-    stage.set_requires_gradient_sync(last or level != "optimizer")
-    stage.set_requires_all_reduce(last)
-    stage.set_is_last_backward(last)
-    stage.set_reshard_after_backward(last or level == "parameters")
+class Reduction:
+    """Tells FSDP2 what each backward of a stage is to reduce. See `mpsdk_torch.executor.Reduction`."""
+
+    def __init__(self, stages: Mapping[int, nn.Module], plan: Plan) -> None:
+        self._stages = {number: stage for number, stage in stages.items() if isinstance(stage, FSDPModule)}
+        self._level = _level(plan)
+
+    def before_backward(self, stage: int, *, last: bool, complete: bool) -> None:
+        if stage not in self._stages:
+            return
+        module = self._stages[stage]
+        module.set_requires_gradient_sync(complete and (last or self._level != "optimizer"))
+        module.set_requires_all_reduce(last)
+        module.set_is_last_backward(last)
+        module.set_reshard_after_backward(last or self._level == "parameters")
+
+    def after_weight_gradients(self, stage: int, *, last: bool) -> None:
+        if stage not in self._stages:
+            return
+        self.before_backward(stage, last=last, complete=True)
+        # There is no public call for a reduction outside of a backward; torch's own pipeline stages make this one
+        # (torch/distributed/pipelining/stage.py, perform_reduce_grad).
+        fully_shard.state(self._stages[stage])._root_post_backward_final_callback()  # pyright: ignore
 
 
 def release(stage: nn.Module) -> None:

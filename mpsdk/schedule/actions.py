@@ -111,6 +111,11 @@ class Schedule:
         """Whether there are backwards: in every schedule but the one for evaluation."""
         return self.name != FORWARD_ONLY
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are actions of their own, as in zero-bubble schedules."""
+        return any(action.kind is Kind.BACKWARD_WEIGHT for action in self.actions[0])
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that pipeline rank `rank` owns, in model order."""
         return tuple(stage for stage, owner in enumerate(self.stage_rank) if owner == rank)

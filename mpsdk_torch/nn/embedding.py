@@ -7,6 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from mpsdk_torch.comm import TensorGroup, enter_parallel, leave_parallel
+from mpsdk_torch.nn.linear import LinearMap
 
 
 class DistributedEmbedding(nn.Module):
@@ -41,9 +42,10 @@ class DistributedOutput(nn.Module):
     def __init__(self, rows: int, width: int, *, group: TensorGroup, tied: bool = False) -> None:
         super().__init__()
         self.group = group
+        self.linear: LinearMap = functional.linear
         self.weight = None if tied else nn.Parameter(torch.empty(rows // group.size, width))
 
     def forward(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
-        return functional.linear(enter_parallel(hidden, self.group), weight)
+        return self.linear(enter_parallel(hidden, self.group), weight)

@@ -6,6 +6,7 @@ Row: W cut by columns; each rank has a partial sum of Y, and `leave_parallel` ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,6 +14,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from mpsdk_torch.comm import TensorGroup, leave_parallel
+
+LinearMap = Callable[..., Tensor]
+"""`torch.nn.functional.linear`, or one that does the same and can defer its weight gradient."""
 
 
 class DistributedLinear(nn.Module):
@@ -42,13 +46,14 @@ class DistributedLinear(nn.Module):
         shape = (
             (out_features // size, in_features) if cut == "column" else (out_features, in_features // size)
         )
+        self.linear: LinearMap = functional.linear
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.cut == "column" or self.group.handle is None:
-            return functional.linear(inputs, self.weight, self.bias)
-        output = leave_parallel(functional.linear(inputs, self.weight), self.group)
+            return self.linear(inputs, self.weight, self.bias)
+        output = leave_parallel(self.linear(inputs, self.weight), self.group)
         return output if self.bias is None else output + self.bias
 
     def extra_repr(self) -> str:

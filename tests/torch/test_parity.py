@@ -14,6 +14,8 @@ from tests.torch.pool import WorkerPool
 BOUND = 1e-5
 
 INTERLEAVED = {"degree": 2, "microbatches": 2, "schedule": "interleaved", "virtual_stages": 2}
+ZB_H1 = {"degree": 2, "microbatches": 4, "schedule": "zb-h1"}
+ZB_V = {"degree": 2, "microbatches": 4, "schedule": "zb-v", "virtual_stages": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "sdp2-parameters": (2, {"sharded_data_parallel": 2}),
@@ -29,6 +31,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-interleaved": (2, {"pipeline": INTERLEAVED}),
     "pp2-sdp2-interleaved": (4, {"pipeline": INTERLEAVED, "sharded_data_parallel": 2}),
     "pp2-tp2-interleaved": (4, {"pipeline": INTERLEAVED, "tensor_parallel": 2}),
+    "pp2-zb-h1": (2, {"pipeline": ZB_H1}),
+    "pp2-sdp2-zb-h1": (4, {"pipeline": ZB_H1, "sharded_data_parallel": 2}),
+    "pp2-sdp2-optimizer-zb-h1": (
+        4,
+        {"pipeline": ZB_H1, "sharded_data_parallel": {"degree": 2, "level": "optimizer"}},
+    ),
+    "pp2-dp2-zb-h1": (4, {"pipeline": ZB_H1}),
+    "pp2-tp2-zb-h1": (4, {"pipeline": ZB_H1, "tensor_parallel": 2}),
+    "pp4-zb-h1": (4, {"pipeline": ZB_H1 | {"degree": 4}}),
+    "pp2-zb-v": (2, {"pipeline": ZB_V}),
+    "pp2-sdp2-zb-v": (4, {"pipeline": ZB_V, "sharded_data_parallel": 2}),
+    "pp2-tp2-zb-v": (4, {"pipeline": ZB_V, "tensor_parallel": 2}),
     "pp2-dp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}}),
     "pp2-dp2-tp2": (8, {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 2}),
     "pp2-sdp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2}),
@@ -112,7 +126,9 @@ def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family:
     assert_same_weights(outcomes, expected)
 
 
-@pytest.mark.parametrize("layout", ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2"])
+@pytest.mark.parametrize(
+    "layout", ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2", "pp2-tp2-zb-h1", "pp2-sdp2-zb-v"]
+)
 @pytest.mark.parametrize("mode", RECOMPUTE)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_recompute_changes_no_digit_that_matters(
