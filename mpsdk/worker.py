@@ -32,7 +32,7 @@ from mpsdk.errors import WorkerError
 from mpsdk.launch.control import Control
 from mpsdk.launch.environment import generation_from_environment, run_directory_from_environment
 from mpsdk.launch.worker_main import guard
-from mpsdk.report.history import History
+from mpsdk.report.history import History, only_finite
 from mpsdk.resume import Start, find_start
 from mpsdk.work_order import EVENTS_FILE, HISTORY_FILE, PreparedData, WorkOrder
 
@@ -156,6 +156,7 @@ class Work:
         }
         if "loss_scale" in values:
             row["loss_scale"] = values["loss_scale"]
+        row = only_finite(row)
         self._record(row)
         self._tell("log", **row)
 
@@ -218,12 +219,12 @@ class Work:
         ]
         since = f"finite up to step {last_finite}" if last_finite else "never finite"
         if good:
-            advice = f"the last good checkpoint is {good[0]}; remove later ones, if any, and resume from it"
+            advice = f"The last good checkpoint is {good[0]}; remove later ones, if any, and resume from it"
         else:
-            advice = "there is no checkpoint from before"
+            advice = "There is no checkpoint from before"
         raise WorkerError(
-            f"the loss of step {self.step} is {loss}: training has diverged ({since}). {advice}; "
-            "a lower training.learning_rate, more warmup_steps or a max_grad_norm may help"
+            f"the loss of step {self.step} is {loss}: training has diverged ({since}). {advice}. "
+            "A lower training.learning_rate, more warmup_steps or a max_grad_norm may help"
         )
 
     # -- small things -----------------------------------------------------------------------------------------------

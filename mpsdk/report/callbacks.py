@@ -21,7 +21,10 @@ class Callback:
         `tokens_per_step`."""
 
     def on_log(self, row: Row) -> str | None:
-        """A step was logged: the row of `run.history`. Returning "stop" asks for a stop at the next chance."""
+        """A step was logged: the row of `run.history`. Returning "stop" asks for a stop at the next chance.
+
+        A number of the row that is not finite is None: `grad_norm`, where fp16's loss scaling skipped the step.
+        """
 
     def on_evaluate(self, row: Row) -> str | None:
         """An evaluation is done: `step`, `validation_loss`. Returning "stop" asks for a stop at the next chance."""

@@ -66,7 +66,9 @@ class Progress:
         """One line on what was reached. `reason`: why it ended; None when it was cut off."""
         elapsed = duration(time.monotonic() - self.started)
         reached = f"{self.step - self.first_step:,} steps in {elapsed}"
-        if self.step < self.steps:
+        if self.first_step >= self.steps:
+            reached = f"nothing to train: at step {self.first_step:,} already, of {self.steps:,}"
+        elif self.step < self.steps:
             reached = f"{reason or 'cut off'} at step {self.step:,} of {self.steps:,} after {elapsed}"
         parts = [reached]
         if "loss" in self.row:
@@ -92,12 +94,12 @@ def heading(event: Values) -> str:
     return ", ".join(parts)
 
 
-_COLUMNS: dict[str, Callable[[float], str]] = {
-    "loss": lambda loss: f"loss {loss:8.4f}",
-    "grad_norm": lambda norm: f"grad norm {norm:8.3f}",
-    "learning_rate": lambda rate: f"learning rate {rate:.2e}",
-    "tokens_per_second": lambda rate: f"{quantity(rate):>5} tokens/s",
-    "peak_memory_bytes": lambda count: f"{quantity(count):>5}B",
+_COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {
+    "loss": ("loss ", 8, lambda loss: f"{loss:.4f}"),
+    "grad_norm": ("grad norm ", 8, lambda norm: f"{norm:.3f}"),
+    "learning_rate": ("learning rate ", 8, lambda rate: f"{rate:.2e}"),
+    "tokens_per_second": ("", 14, lambda rate: f"{quantity(rate)} tokens/s"),
+    "peak_memory_bytes": ("peak ", 6, lambda count: f"{quantity(count)}B"),
 }
 
 
@@ -118,7 +120,11 @@ class PlainDisplay:
     def log(self, row: Values) -> None:
         self._progress.log(row)
         columns = [self._step(row["step"])]
-        columns += [text(row[name]) for name, text in _COLUMNS.items() if row.get(name) is not None]
+        columns += [
+            f"{label}{text(row[name]) if row[name] is not None else '-':>{width}}"
+            for name, (label, width, text) in _COLUMNS.items()
+            if name in row
+        ]
         left = self._progress.seconds_left()
         if left is not None:
             columns.append(f"{duration(left):>7} left")

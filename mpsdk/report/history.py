@@ -1,13 +1,15 @@
 """The history of a run: one JSON object a line in `history.jsonl`, appended as training goes.
 
 A row of training has `step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds, peak_memory_bytes`,
-a row of an evaluation `step, validation_loss`.
+a row of an evaluation `step, validation_loss`. A number that is not finite, such as the gradient norm of a step that fp16's
+loss scaling skipped, is null in the file and None here: JSON has no infinity.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,13 +43,13 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row; it is in the file when this returns."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+            file.write(_line(row))
 
     def truncate(self, step: int) -> None:
         """Remove the rows after `step`: a run that resumes there makes them again."""
         kept = [row for row in self.load(self._path) if row["step"] <= step]
         partial = self._path.with_name(f"{self._path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         os.replace(partial, self._path)
 
     @staticmethod
@@ -65,6 +67,18 @@ class History:
             except (ValueError, TypeError, KeyError):
                 _log.warning("%s, line %d: no row of a history, left out", path, number)
         return rows
+
+
+def only_finite(row: Mapping[str, Any]) -> Row:
+    """`row` with None for every number that is not finite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(only_finite(row), allow_nan=False) + "\n"
 
 
 def _whole_lines(content: bytes) -> bytes:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 
@@ -52,8 +53,17 @@ def test_damaged_line_is_left_out_with_its_number(tmp_path, caplog):
     assert "line 2" in caplog.text and "line 3" in caplog.text
 
 
-def test_loss_that_is_not_a_number_survives(tmp_path):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_number_that_is_not_finite_is_null_since_json_has_no_other(tmp_path, value):
     path = tmp_path / "history.jsonl"
-    History(path).append({"step": 1, "loss": float("nan")})
-    (row,) = History.load(path)
-    assert row["loss"] != row["loss"]
+    history = History(path)
+    history.append({"step": 1, "loss": 2.5, "grad_norm": value})
+    assert path.read_text() == '{"step": 1, "loss": 2.5, "grad_norm": null}\n'
+    assert History.load(path) == [{"step": 1, "loss": 2.5, "grad_norm": None}]
+
+
+def test_truncate_mends_what_an_earlier_version_wrote(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1, "grad_norm": Infinity}\n{"step": 2}\n')
+    History(path).truncate(1)
+    assert path.read_text() == '{"step": 1, "grad_norm": null}\n'

@@ -71,6 +71,21 @@ def test_plain_lines_stand_in_columns(tmp_path):
     assert lines[-1].startswith("1,000 steps in 0:00, loss 2.5000, validation 2.8750, checkpoint runs/demo")
 
 
+def test_columns_stay_in_place_where_a_gradient_norm_was_not_finite(tmp_path):
+    skipped = {**log_event(500), "grad_norm": None, "tokens_per_second": 9.0}
+    lines = shown(tmp_path, [START, log_event(10), skipped], terminal=False).splitlines()
+    assert "grad norm        -  learning rate" in lines[2]
+    assert lines[1].index("learning rate") == lines[2].index("learning rate")
+    assert lines[1].index("tokens/s") == lines[2].index("tokens/s")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_run_with_nothing_left_to_do_says_so(tmp_path, terminal):
+    sequence = [{**START, "step": 1000}, {"event": "end", "step": 1000, "reason": "finished"}]
+    output = shown(tmp_path, sequence, terminal=terminal)
+    assert "nothing to train: at step 1,000 already, of 1,000" in output
+
+
 def test_plain_output_holds_no_control_characters_and_wraps_no_line(tmp_path):
     output = shown(tmp_path, events(), terminal=False, width=40)
     assert "\x1b" not in output and "\r" not in output
