@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mpsdk.backend import Place, limits_of
 from mpsdk.config import Data, Distribution, Job, Training
 from mpsdk.description import ModelDescription
-from mpsdk.errors import ConfigError, Problem
+from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.inputs import Inputs, Preparation, read_inputs, tokenizer_problems
 from mpsdk.launch import Launcher, get_launcher, place_from_environment
+from mpsdk.launch.local import alone_in
 from mpsdk.plan import Plan
 from mpsdk.resolve import resolve
-from mpsdk.resume import expected_checkpoint
+from mpsdk.resume import AUTO, expected_checkpoint
 from mpsdk.run import DATA_CACHE, Background, Run, draw_pictures
 from mpsdk.work_order import JOB_FILE, WorkOrder
 
@@ -158,7 +160,7 @@ class Estimator:
         )
         problems += tokenizer_problems(self.training, self._model_directory, self._description.vocab_size)
         if plan is None or problems:
-            raise ConfigError(problems, where=f"the plan for {ranks} ranks")
+            raise ConfigError(problems, where=f"the plan for {ranks} rank{'s' if ranks != 1 else ''}")
         return plan
 
     def _world_size(self) -> int:
@@ -190,7 +192,7 @@ class Estimator:
             resume: "auto": from the newest checkpoint of this run of which every byte is right, else from the beginning.
                 "never": from the beginning, refused where the run has checkpoints already, since nothing is deleted unasked.
                 A path: from that checkpoint, also another run's; refused where this run has newer ones. None: as the job file
-                says, else "auto".
+                says, else "auto". A run that has all its steps already says so and trains nothing.
             wait: False comes back at once; `run.wait()` waits.
 
         Raises:
@@ -208,9 +210,13 @@ class Estimator:
         place = place_from_environment()
         if place is not None:
             return self._fit_in_place(place, inputs, resume)
-        order = self._order(inputs, resume)
-        print(order.plan)
-        path = order.save(self.output_dir / JOB_FILE)
+        order = self._order(resume)
+        run = Run(self.output_dir, launcher=self.launcher)
+        with alone_in(self.output_dir):  # a run that is under way there keeps its job
+            if self._is_finished(order):
+                return run
+            order = self._announced(order, inputs)
+            path = order.save(self.output_dir / JOB_FILE)
 
         def work(stop: Callable[[], bool]) -> None:
             self._launch(path, order.plan.world_size, stop)
@@ -218,11 +224,16 @@ class Estimator:
         if not wait:
             return Run(self.output_dir, launcher=self.launcher, ending=Background(work))
         work(lambda: False)
-        return Run(self.output_dir, launcher=self.launcher)
+        return run
 
-    def _order(self, inputs: Inputs, resume: str) -> WorkOrder:
-        """Everything that can go wrong before a worker starts goes wrong here."""
+    def _order(self, resume: str) -> WorkOrder:
+        """All of the order but the data. What can go wrong before a worker starts goes wrong here."""
         plan = self.plan()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = Problem("output_dir", str(self.output_dir), f"can't be made: {error.strerror}")
+            raise ConfigError([problem], where="the run") from None
         read = self._read
         if isinstance(self.model, (str, os.PathLike)):
             read = read_model(
@@ -240,10 +251,37 @@ class Estimator:
         )
         if expected_checkpoint(order) is None:
             order.initial_weights()
+        return order
+
+    def _is_finished(self, order: WorkOrder) -> bool:
+        """Whether the run has done all its steps before; says so then. Damaged checkpoints the workers pass over."""
+        checkpoint = expected_checkpoint(order) if order.resume == AUTO else None
+        steps = self.training.steps
+        if checkpoint is None or checkpoint.step < steps or not (self.output_dir / JOB_FILE).is_file():
+            return False
+        try:
+            checkpoint.verify()
+        except CheckpointError:
+            return False
+        print(
+            f"nothing to train: {self.output_dir} is at step {checkpoint.step:,} already, of {steps:,} "
+            f"(checkpoint {checkpoint.path}).\nTo go on, raise training.steps; to start over, choose another output_dir."
+        )
+        return True
+
+    def _announced(self, order: WorkOrder, inputs: Inputs) -> WorkOrder:
+        """`order` with its data, which may take a while to prepare; prints the plan before, and how much there is after."""
+        plan = order.plan
+        print(plan, end="\n\n", flush=True)
         preparation = Preparation(
-            self.training, directory, plan.description.vocab_size, self.output_dir / DATA_CACHE
+            self.training, order.model_directory, plan.description.vocab_size, self.output_dir / DATA_CACHE
         )
         train, validation = preparation.of(inputs)
+        length = self.training.sequence_length
+        samples = f"{len(train.open(length)):,} samples of {length:,} tokens to train on"
+        if validation is not None:
+            samples += f", {len(validation.open(length)):,} to validate on"
+        print(f"{samples}; all of the run is kept in {self.output_dir}", flush=True)
         return order.model_copy(update={"train": train, "validation": validation})
 
     def _launch(self, path: Path, world_size: int, stop: Callable[[], bool]) -> None:
@@ -255,8 +293,15 @@ class Estimator:
             answer = _report(reporter, event)
             return "stop" if stop() else answer
 
+        print(f"starting {world_size} worker{'s' if world_size != 1 else ''} …", flush=True)
         try:
             self.launcher.run(path, world_size=world_size, run_directory=self.output_dir, on_event=on_event)
+        except (KeyboardInterrupt, SystemExit):
+            reporter.close()
+            newest = Run(self.output_dir).latest_checkpoint
+            what = f"; run it again to go on from {newest}" if newest else " before the first checkpoint"
+            print(f"interrupted{what}", flush=True)
+            raise
         finally:
             reporter.close()
         draw_pictures(Run(self.output_dir))
@@ -267,20 +312,21 @@ class Estimator:
 
         reporter = Reporter(self.output_dir, self.callbacks) if place.rank == 0 else None
 
-        def order() -> WorkOrder:
-            order = self._order(inputs, resume)
-            print(order.plan)
-            order.save(self.output_dir / JOB_FILE)
-            return order
-
         def emit(event: dict[str, Any]) -> object:
             return _report(reporter, event) if reporter else None
 
-        try:
-            work_in_place(place, str(self.output_dir), order, emit)
-        finally:
+        with ExitStack() as stack:
             if reporter:
-                reporter.close()
+                stack.callback(reporter.close)
+
+            def order() -> WorkOrder:
+                order = self._order(resume)
+                stack.enter_context(alone_in(self.output_dir))
+                order = self._announced(order, inputs)
+                order.save(self.output_dir / JOB_FILE)
+                return order
+
+            work_in_place(place, str(self.output_dir), order, emit)
         run = Run(self.output_dir, launcher=self.launcher)
         if place.rank == 0:
             draw_pictures(run)
@@ -320,7 +366,7 @@ def _read_model(model: object) -> ReadModel:
         raise _refusal("model", model, f"an importable callable can't be trained yet; {families}")
     if not isinstance(model, (str, Mapping, TransformerSpec)):
         kind = type(model).__name__
-        raise _refusal("model", kind, f"a {kind} can't be trained yet; {families}")
+        raise _refusal("model", kind, f"an object of this type can't be trained yet; {families}")
     read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
     try:
         return read._replace(hf_config=json.loads(json.dumps(read.hf_config)))

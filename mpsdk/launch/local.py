@@ -84,7 +84,7 @@ class LocalLauncher:
         logs.mkdir(parents=True, exist_ok=True)
         generation = new_generation()
         with (
-            _alone_in(directory),
+            alone_in(directory),
             _control_files(directory, generation) as control,
             Interruption() as interruption,
             Group(grace=self._grace) as group,
@@ -143,8 +143,11 @@ class _Events:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: Path) -> Generator[None]:
-    """Hold the run directory against a second launcher; the kernel lets go of it if this process dies."""
+def alone_in(directory: Path) -> Generator[None]:
+    """Hold the run directory against a second launcher; the kernel lets go of it if this process dies.
+
+    Raises WorkerError when it is held already.
+    """
     with (directory / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -152,6 +155,8 @@ def _alone_in(directory: Path) -> Generator[None]:
             raise WorkerError(
                 f"another launcher is at work in {directory}; wait for it to end, or choose another output_dir"
             ) from error
+        except OSError as error:  # a file system without locks
+            _log.warning("nothing keeps another run out of %s: %s", directory, error)
         yield
 
 

@@ -15,6 +15,7 @@ import yaml
 from mpsdk import Distribution, Estimator, Training
 from mpsdk.errors import CheckpointError, ConfigError, DataError, WorkerError
 from mpsdk.launch import LocalLauncher
+from mpsdk.launch.local import alone_in
 from mpsdk.report.callbacks import Callback
 from tests.core.fake_backend import FakeBackend
 from tests.core.jobs import MODEL, TEXT, TRAINING
@@ -280,6 +281,55 @@ def test_fit_without_waiting_comes_back_at_once(tmp_path: Path, corpus: str) -> 
     failed = failing.fit(corpus, wait=False)
     with pytest.raises(WorkerError, match="diverged"):
         failed.wait()
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_has_all_its_steps_says_so_and_starts_no_worker(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = estimator_in(tmp_path).fit(corpus)
+    for log in (tmp_path / "run" / "logs").iterdir():
+        log.unlink()
+    capsys.readouterr()
+    again = estimator_in(tmp_path, training={"steps": 7}).fit(corpus)
+    said = capsys.readouterr().out
+    assert said.startswith(f"nothing to train: {tmp_path / 'run'} is at step 8 already, of 7 (checkpoint ")
+    assert "training.steps" in said and "output_dir" in said
+    assert list((tmp_path / "run" / "logs").iterdir()) == []
+    assert (again.history, again.plan) == (finished.history, finished.plan)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_second_fit_leaves_the_job_of_a_run_under_way_alone(tmp_path: Path, corpus: str) -> None:
+    busy = estimator_in(tmp_path)
+    busy.fit(corpus)
+    before = (tmp_path / "run" / "job.json").read_bytes()
+    with alone_in(tmp_path / "run"), pytest.raises(WorkerError, match="another launcher is at work"):
+        estimator_in(tmp_path, training={"steps": 99}).fit(corpus)
+    assert (tmp_path / "run" / "job.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_interrupted_fit_says_what_the_next_one_goes_on_from(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(LocalLauncher):
+        def run(self, *arguments: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimator_in(tmp_path, launcher=Interrupted()).fit(corpus)
+    assert capsys.readouterr().out.endswith("interrupted before the first checkpoint\n")
+    newest = estimator_in(tmp_path).fit(corpus).latest_checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        estimator_in(tmp_path, training={"steps": 9}, launcher=Interrupted()).fit(corpus)
+    assert capsys.readouterr().out.endswith(f"interrupted; run it again to go on from {newest}\n")
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_output_directory_that_cannot_be_made_is_told_as_such(tmp_path: Path, corpus: str) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir .*can't be made"):
+        estimator_in(tmp_path, output_dir=Path(corpus, "run")).fit(corpus)
 
 
 @pytest.mark.usefixtures("fake")
