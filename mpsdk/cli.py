@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpsdk.errors import CheckpointError, ConfigError, MpsdkError
+from mpsdk import __version__
+from mpsdk.errors import CheckpointError, ConfigError, MpsdkError, Problem
 
 if TYPE_CHECKING:
     from mpsdk.checkpoint import Checkpoint, Summary
@@ -24,7 +25,6 @@ FAILED = 1
 
 app = typer.Typer(
     name="mpsdk",
-    help="Train one model on many processes: a job file says how it is spread, a plan says what that comes to.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,11 @@ JobFile = Annotated[
 ]
 CheckpointPath = Annotated[
     str,
-    typer.Argument(metavar="PATH", help="A checkpoint, or a directory of checkpoints.", show_default=False),
+    typer.Argument(
+        metavar="PATH",
+        help="A checkpoint, a directory of checkpoints, or a run's output directory.",
+        show_default=False,
+    ),
 ]
 
 
@@ -51,6 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MpsdkError as error:
         typer.echo(str(error), err=True)
         sys.exit(WRONG_CONFIGURATION if isinstance(error, ConfigError) else FAILED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mpsdk {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version of mpsdk."),
+    ] = False,
+) -> None:
+    """Train one model on many processes: a job file says how it is spread, a plan says what that comes to."""
 
 
 # -- plan and run ------------------------------------------------------------------------------------------------------
@@ -114,6 +134,9 @@ def run(
     """Train as a job file says. Under torchrun and the like, works as one of the processes that are there."""
     from mpsdk.estimator import Estimator
 
+    if Path(job).suffix == ".py":
+        remedy = "training scripts of your own can't be run yet; give a job file, .yaml or .json"
+        raise ConfigError([Problem("job", job, remedy)], where="the command line")
     Estimator.from_file(job).fit(resume=resume)
 
 
@@ -127,9 +150,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Show what a checkpoint holds, or which checkpoints a directory holds. Reads manifests only."""
-    from mpsdk.checkpoint import Checkpoint, find
+    from mpsdk.checkpoint import Checkpoint
 
-    inside = find(path)
+    inside = _checkpoints_in(path)
     if inside and not tensors:
         opened, failures = _open_all(inside)
         summaries = [checkpoint.describe() for checkpoint in opened]
@@ -154,9 +177,7 @@ def inspect(
 @checkpoint_app.command()
 def verify(path: CheckpointPath) -> None:
     """Check every byte of a checkpoint, or of all in a directory. The exit code is 1 when one is damaged."""
-    from mpsdk.checkpoint import find
-
-    opened, failures = _open_all(find(path) or [path])
+    opened, failures = _open_all(_checkpoints_in(path) or [path])
     for checkpoint in opened:
         try:
             checkpoint.verify()
@@ -165,6 +186,25 @@ def verify(path: CheckpointPath) -> None:
         else:
             print(f"{checkpoint.path}: intact")
     _fail_with(failures)
+
+
+def _checkpoints_in(path: str) -> list[str]:
+    """The checkpoints in `path`, or those of the run whose output directory it is; none where it may be one itself."""
+    from mpsdk.checkpoint import find
+    from mpsdk.checkpoint.storage import is_remote
+    from mpsdk.run import Run
+    from mpsdk.work_order import JOB_FILE
+
+    if is_remote(path):
+        return find(path)
+    if not Path(path).exists():
+        raise CheckpointError(f"there is nothing at {Path(path).absolute()}")
+    if not Path(path, JOB_FILE).is_file():
+        return find(path)
+    checkpoints = Run.load(path).checkpoints
+    if not checkpoints:
+        raise CheckpointError(f"the run in {Path(path).absolute()} has no checkpoint yet")
+    return checkpoints
 
 
 def _open_all(paths: Iterable[str]) -> tuple[list[Checkpoint], list[CheckpointError]]:

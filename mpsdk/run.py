@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from mpsdk.checkpoint import Checkpoint, find
 from mpsdk.errors import CheckpointError, ConfigError, Problem
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EVALUATION_FILE = "evaluation.json"
 DATA_CACHE = "data"
 PICTURES = "pictures"
+Dtype = Literal["float32", "bfloat16", "float16"]
 LARGEST_PICTURE = 4096  # stages × microbatches: more bars than that nobody can tell apart
 
 
@@ -65,20 +66,30 @@ class Run:
             update={"output_dir": str(self.output_dir.resolve())}
         )  # it may have been moved
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.output_dir)!r})"
+
     @property
     def plan(self) -> Plan:
+        """What the run was resolved into."""
         return self._order.plan
 
     @property
     def history(self) -> list[Row]:
         """One row a logged step: `step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds,
-        peak_memory_bytes`. Between them, one row an evaluation: `step, validation_loss`."""
+        peak_memory_bytes`, with fp16 also `loss_scale`. Between them, one row an evaluation: `step, validation_loss`. A
+        number that is not finite is None."""
         return History.load(self.output_dir / HISTORY_FILE)
 
     @property
     def latest_checkpoint(self) -> str | None:
         """The path of the newest complete checkpoint; None before the first."""
-        return next(iter(find(self._order.checkpoints)), None)
+        return next(iter(self.checkpoints), None)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The paths of the complete checkpoints that are there, newest first."""
+        return find(self._order.checkpoints)
 
     @property
     def pictures(self) -> list[Path]:
@@ -95,7 +106,7 @@ class Run:
         self,
         out_dir: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Dtype = "float32",
         max_shard_bytes: int = 2 << 30,
     ) -> Path:
         """Write the newest checkpoint as a directory that `transformers.AutoModel*.from_pretrained` loads.
@@ -110,7 +121,7 @@ class Run:
             max_shard_bytes: above this, the weights go to several files.
 
         Raises:
-            ConfigError: `out_dir` is not empty, or the model belongs to no family.
+            ConfigError: `out_dir` is not empty, there is no such `dtype`, or the model belongs to no family.
             CheckpointError: there is no checkpoint, or it is damaged.
         """
         from mpsdk.families.hf import export
@@ -119,6 +130,9 @@ class Run:
         if spec is None:
             remedy = "belongs to no family, and has no Hugging Face form"
             raise ConfigError([Problem("model", self.plan.description.name, remedy)], where="the export")
+        if dtype not in get_args(Dtype):
+            remedy = f"must be one of {', '.join(get_args(Dtype))}"
+            raise ConfigError([Problem("dtype", dtype, remedy)], where="the export")
         hf_config: dict[str, Any] = dict(self._order.hf_config)
         tokenizer = self.plan.training.tokenizer
         if tokenizer == "bytes":
@@ -141,6 +155,8 @@ class Run:
         Raises CheckpointError when there is no checkpoint, ConfigError or DataError for the data, WorkerError when a
         worker fails.
         """
+        if data is None:
+            raise ConfigError([Problem("data", None, "give the data to evaluate on")], where="the evaluation")
         place = place_from_environment()
         if place is not None:
             from mpsdk.in_place import work_in_place

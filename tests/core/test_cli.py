@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from mpsdk import Estimator
+from mpsdk import Estimator, __version__
 from mpsdk.checkpoint import Checkpoint
 from mpsdk.cli import main
 from mpsdk.config import Distribution, Job, Training
 from mpsdk.plan import Plan
 from tests.core.checkpoint.samples import save
-from tests.core.jobs import MODEL, TEXT, TRAINING
+from tests.core.jobs import MODEL, TEXT, TRAINING, order_in
 
 
 class Outcome(NamedTuple):
@@ -178,6 +178,11 @@ def test_run_trains_as_the_job_file_says_and_resume_overrides_it(
 
 
 @pytest.mark.usefixtures("on_fake_backend")
+def test_a_script_is_refused_with_what_would_do(mpsdk: Mpsdk) -> None:
+    outcome = mpsdk("run", "train.py")
+    assert outcome.code == 2 and "training scripts of your own can't be run yet" in outcome.err
+
+
 def test_a_failed_run_ends_with_1_and_the_root_cause(mpsdk: Mpsdk, tmp_path: Path, job: Path) -> None:
     diverging = {**TRAINING, "learning_rate": 1e30, "log_every": 1, "steps": 50}
     outcome = mpsdk("run", job_in(tmp_path, training=diverging))
@@ -259,6 +264,24 @@ def test_verify_says_which_checkpoints_are_intact_and_what_is_wrong_with_the_res
     assert "Traceback" not in outcome.err
 
 
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_runs_directory_stands_for_its_checkpoints(mpsdk: Mpsdk, tmp_path: Path, command: str) -> None:
+    run = tmp_path / "run"
+    order_in(run).save(run / "job.json")
+    outcome = mpsdk("checkpoint", command, run)
+    assert outcome.code == 1 and f"the run in {run} has no checkpoint yet" in outcome.err
+    path = save(run / "checkpoints", 7)
+    outcome = mpsdk("checkpoint", command, run)
+    assert outcome.code == 0 and path in outcome.out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_path_that_does_not_exist_is_told_as_such(mpsdk: Mpsdk, tmp_path: Path, command: str) -> None:
+    outcome = mpsdk("checkpoint", command, tmp_path / "nothing")
+    assert outcome == Outcome(1, "", f"there is nothing at {tmp_path / 'nothing'}\n")
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_place_without_checkpoints_ends_with_1(mpsdk: Mpsdk, tmp_path: Path, command: str) -> None:
     outcome = mpsdk("checkpoint", command, tmp_path)
@@ -277,6 +300,10 @@ def test_schema_prints_the_schema(mpsdk: Mpsdk, arguments: tuple[str, ...], docu
     outcome = mpsdk("schema", *arguments)
     assert outcome.code == 0
     assert json.loads(outcome.out) == document.json_schema()
+
+
+def test_the_version_is_told(mpsdk: Mpsdk) -> None:
+    assert mpsdk("--version") == Outcome(0, f"mpsdk {__version__}\n", "")
 
 
 def test_help_names_every_command(mpsdk: Mpsdk) -> None:

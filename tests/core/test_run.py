@@ -56,6 +56,12 @@ def test_a_run_is_found_again_by_its_directory(finished: Path) -> None:
     assert run.wait() is run
 
 
+def test_a_run_names_its_checkpoints_newest_first_and_prints_as_its_directory(finished: Path) -> None:
+    run = Run.load(finished)
+    assert run.checkpoints == [run.latest_checkpoint]
+    assert repr(run) == f"Run({str(finished)!r})"
+
+
 def test_a_run_can_be_moved(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "moved")
     run = Run.load(tmp_path / "moved")
@@ -116,6 +122,11 @@ def test_training_starts_from_an_exported_directory(finished: Path, tmp_path: Pa
     ).fit(IDS)
     assert tuned.history[0]["loss"] < 5.5  # a new model begins at log(257) = 5.55
     assert tuned.plan.world_size == 1
+
+
+def test_an_export_in_no_such_number_format_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dtype \(got 'float8'\): must be one of float32"):
+        Run.load(finished).export(tmp_path / "exported", dtype="float8")  # pyright: ignore
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_export(tmp_path: Path, finished: Path) -> None:
