@@ -95,8 +95,12 @@ def _schedule(plan: Plan) -> str:
 
 
 def plan_timeline(plan: Plan) -> Timeline:
-    """One pass over the microbatches as it should run: an action takes as long as its stage has FLOPs, messages nothing."""
-    forward = _stage_compute(plan)
+    """One pass over the microbatches as it should run: an action takes as long as its stage has FLOPs, messages nothing.
+
+    A forward of the average stage takes 1.
+    """
+    compute = _stage_compute(plan)
+    forward = [cost * len(compute) / sum(compute) for cost in compute]
     backward = [2 * cost for cost in forward]
     return simulate(plan.schedule, Costs(forward, backward, backward_input=forward, backward_weight=forward))
 

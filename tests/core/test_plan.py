@@ -22,7 +22,7 @@ from mpsdk.errors import ConfigError
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.read import read_model
 from mpsdk.plan import Plan
-from mpsdk.report.plan_table import WIDTH, plan_text
+from mpsdk.report.plan_table import WIDTH, plan_text, plan_timeline
 from mpsdk.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -304,6 +304,12 @@ def test_a_printed_plan_shows_degrees_batch_schedule_stages_and_hash() -> None:
         plan.hash,
     ):
         assert words in " ".join(text.split()), words
+
+
+def test_the_drawn_pass_is_timed_in_forwards_of_the_average_stage() -> None:
+    plan = small_plan(pipeline={"degree": 2, "microbatches": 4})
+    timeline = plan_timeline(plan)
+    assert sum(timeline.busy) == pytest.approx(4 * 2 * 3)  # a backward takes two forwards
 
 
 def test_stages_of_a_printed_plan_add_up_to_the_model() -> None:
