@@ -30,12 +30,13 @@ def main() -> int:
     job = Job.from_file(JOB)
     assert isinstance(job.data.validation, str)
 
-    run = Estimator.from_file(JOB).fit()  # prints the plan, then progress; a run that was broken off goes on
+    if Path(job.output_dir, "job.json").is_file():
+        print(f"Removing {job.output_dir}, of an earlier quickstart, to start from the beginning.\n")
+        shutil.rmtree(job.output_dir)
+    run = Estimator.from_file(JOB).fit()  # prints the plan, then progress
     loss = [row["validation_loss"] for row in run.history if "validation_loss" in row][-1]
 
-    exported = Path(job.output_dir, "export")
-    shutil.rmtree(exported, ignore_errors=True)  # of an earlier quickstart
-    run.export(exported)
+    exported = run.export(Path(job.output_dir, "export"))
     model = AutoModelForCausalLM.from_pretrained(exported).eval()
     inputs, labels = samples(Path(job.data.validation), job.training.sequence_length)
     confirmed = loss_of(model, inputs, labels)
