@@ -46,8 +46,8 @@ def lint(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The neutral core, where no framework is installed."""
     session.install("-q", *PINNED, "-e", ".[test]")
-    workers = ("-n", "2", "--dist", "loadgroup")
-    session.run("pytest", "tests/core", *workers, "-m", "not long and not hf", *session.posargs, env=QUIET)
+    options = ("-n", "2", "--dist", "loadgroup", "--cov=mpsdk", "--cov-report=term", "-m", "not long and not hf")
+    session.run("pytest", "tests/core", *options, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")
@@ -62,7 +62,9 @@ def torch(session: nox.Session) -> None:
     """The PyTorch backend, the launcher's real processes, and what the core can only show where a framework is there."""
     python = shared(session, "torch", "hf", "test")
     run = (python, "-m", "pytest")
-    session.run(*run, "tests/torch", "tests/launch", "tests/core/test_import.py", *session.posargs, env=QUIET)
+    coverage = ("--cov=mpsdk_torch", "--cov=mpsdk", "--cov-report=term")
+    tests = ("tests/torch", "tests/launch", "tests/core/test_import.py")
+    session.run(*run, *tests, *coverage, *session.posargs, env=QUIET)
     session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, env=QUIET)
 
 

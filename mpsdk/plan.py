@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mpsdk.config import Distribution, Training
+from mpsdk.config import Distribution, Pipeline, Training
 from mpsdk.description import ModelDescription, TensorDescription
 from mpsdk.schedule import Action, Schedule, generate
 from mpsdk.topology import Degrees, Topology
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from mpsdk.estimate import Estimate
 
 EVALUATION_SCHEDULE = "forward-only"
+LOOKAHEAD = 1  # receives are posted one compute action ahead of their use, so that they overlap with it
+
+
+def training_schedule(pipeline: Pipeline, microbatches: int) -> Schedule:
+    """The schedule that `pipeline` asks for, for one pass over `microbatches`."""
+    return generate(
+        pipeline.schedule, pipeline.degree, microbatches, pipeline.virtual_stages, lookahead=LOOKAHEAD
+    )
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,10 @@ class Plan(BaseModel):
     @cached_property
     def schedule(self) -> Schedule:
         """The training schedule, expanded; checked against the hash that was planned."""
-        pipeline = self.distribution.pipeline
-        schedule = generate(pipeline.schedule, self.degrees.pp, self.microbatches, pipeline.virtual_stages)
+        schedule = training_schedule(self.distribution.pipeline, self.microbatches)
         if schedule.hash != self.schedule_hash:
             raise ValueError(
-                f"schedule {pipeline.schedule!r} expands to {schedule.hash}, and the plan was made with "
+                f"schedule {schedule.name!r} expands to {schedule.hash}, and the plan was made with "
                 f"{self.schedule_hash}: it comes from another version of mpsdk; plan again"
             )
         return schedule
@@ -99,6 +106,7 @@ class Plan(BaseModel):
             self.microbatches,
             pipeline.virtual_stages,
             self.schedule.stage_rank,
+            lookahead=LOOKAHEAD,
         )
 
     def actions(self, rank: int) -> tuple[Action, ...]:

@@ -11,8 +11,7 @@ from mpsdk.description import ModelDescription
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.families.spec import Dropout
 from mpsdk.partition import partition_blocks
-from mpsdk.plan import Plan
-from mpsdk.schedule import generate
+from mpsdk.plan import Plan, training_schedule
 from mpsdk.topology import DEFAULT_PLACEMENT, Degrees, Topology
 
 VOCABULARY_MULTIPLE = 8  # rows a tensor-parallel rank: keeps bf16 rows of the logits at 16-byte boundaries
@@ -48,7 +47,7 @@ def resolve(
         cp=1,
         tp=distribution.tensor_parallel.degree,
     )
-    schedule = generate(pipeline.schedule, degrees.pp, microbatches, pipeline.virtual_stages)
+    schedule = training_schedule(pipeline, microbatches)
     return Plan(
         framework=framework,
         world_size=world_size,

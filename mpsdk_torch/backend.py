@@ -9,6 +9,7 @@ import torch.distributed as dist
 from mpsdk.backend import Batch, Place, RankState, StepResult, TensorSource
 from mpsdk.description import ModelDescription
 from mpsdk.errors import BackendError, ConfigError, Problem
+from mpsdk.families import FAMILIES
 from mpsdk.plan import Plan
 from mpsdk_torch.checkpoint import fill_optimizer, fill_weights, rank_state
 from mpsdk_torch.optimizer import ShardedOptimizer
@@ -35,12 +36,15 @@ class TorchBackend:
         self._built: _Built | None = None
 
     def describe(self, model: object) -> ModelDescription:
-        remedy = "the PyTorch backend trains the model families so far; give a directory with a gpt2 or llama config.json"
+        known = ", ".join(FAMILIES)
+        remedy = (
+            f"the PyTorch backend trains the model families so far; give a configuration of one of: {known}"
+        )
         raise ConfigError([Problem("model", type(model).__name__, remedy)])
 
     def build(self, plan: Plan, place: Place) -> None:
         device = join(place)
-        groups = make_groups(plan, place.rank, device, sharding=needs_sharding(plan))
+        groups = make_groups(plan, place, device, sharding=needs_sharding(plan))
         stages = {number: parallelize(plan, number, groups) for number in plan.stages_of(place.rank)}
         held = held_parameters(plan, stages, tp=groups.coordinates.tp, sdp=groups.coordinates.sdp)
         loss_scale = LossScale(plan.distribution.precision, device)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsdk.backend import WEIGHT, RankState, Shard, TensorSource
-from mpsdk_torch.optimizer import ShardedOptimizer
+from mpsdk_torch.optimizer import STEP, ShardedOptimizer
 from mpsdk_torch.parameters import Held
 
 OPTIMIZER_STEP = "optimizer_step"
@@ -30,8 +30,7 @@ def _shards(optimizer: ShardedOptimizer) -> Iterator[Shard]:
         if not item.planned.owned or 0 in shape:
             continue
         tensors = {WEIGHT: item.local}
-        state = optimizer.state(item)
-        tensors |= {slot: state[name] for slot, name in optimizer.slots.items()}
+        tensors |= {slot: optimizer.state[item.name][name] for slot, name in optimizer.slots.items()}
         for slot, tensor in tensors.items():
             yield Shard(
                 name=item.planned.name,
@@ -45,9 +44,9 @@ def _shards(optimizer: ShardedOptimizer) -> Iterator[Shard]:
 
 def _scalars(optimizer: ShardedOptimizer) -> dict[str, float | int]:
     scalars: dict[str, float | int] = {}
-    counters = (optimizer.state(item).get("step") for item in optimizer.held if optimizer.holds(item))
-    if (counter := next(counters, None)) is not None:  # every parameter has stepped as often
-        scalars[OPTIMIZER_STEP] = int(counter)
+    counters = [state[STEP] for state in optimizer.state.values() if STEP in state]
+    if counters:  # every parameter has stepped as often
+        scalars[OPTIMIZER_STEP] = int(counters[0])
     if optimizer.loss_scale.active:
         scalars[LOSS_SCALE] = float(optimizer.loss_scale.scale)
         scalars[GOOD_STEPS] = int(optimizer.loss_scale.good_steps)
@@ -65,14 +64,12 @@ def fill_weights(held: Sequence[Held], source: TensorSource) -> None:
 def fill_optimizer(optimizer: ShardedOptimizer, source: TensorSource) -> None:
     """Read the optimizer's slots and scalars, as far as the source has them."""
     for item in optimizer.held:
-        if not optimizer.holds(item):
-            continue
-        state = optimizer.state(item)
+        state = optimizer.state.get(item.name, {})
         for slot, name in optimizer.slots.items():
-            if slot in source.slots:
+            if name in state and slot in source.slots:
                 _fill(item, state[name], source, slot)
-        if "step" in state and OPTIMIZER_STEP in source.scalars:
-            state["step"].fill_(float(source.scalars[OPTIMIZER_STEP]))
+        if STEP in state and OPTIMIZER_STEP in source.scalars:
+            state[STEP].fill_(float(source.scalars[OPTIMIZER_STEP]))
     scale = optimizer.loss_scale
     if scale.active and LOSS_SCALE in source.scalars:
         scale.scale.fill_(float(source.scalars[LOSS_SCALE]))

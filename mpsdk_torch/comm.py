@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 renames these two and warns of the old names; 2.11 has only the old.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_RENAMED = hasattr(dist, "all_gather_single")
+_all_gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class _CopyToGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
+        gradient = gradient.contiguous().clone()  # autograd may share the buffer with another branch
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
 
@@ -52,7 +53,7 @@ class _CopyToGroup(torch.autograd.Function):
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        tensor = tensor.contiguous().clone()
+        tensor = tensor.contiguous().clone()  # selective recompute may keep the product itself
         dist.all_reduce(tensor, group=group)
         return tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import Problem
+from mpsdk.families import FAMILIES
 
 
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
@@ -36,7 +37,9 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
     if description.spec is None:
         problems.append(
             Problem(
-                "model", description.name, "the PyTorch backend trains the model families so far: gpt2, llama"
+                "model",
+                description.name,
+                f"the PyTorch backend trains the model families so far: {', '.join(FAMILIES)}",
             )
         )
     return problems

@@ -21,6 +21,10 @@ class Held:
     start: int
 
     @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
     def local(self) -> Tensor:
         """This rank's values, in the memory that FSDP2 gathers from."""
         return _plain(self.parameter.detach())

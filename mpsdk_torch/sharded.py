@@ -15,6 +15,7 @@ Replicas are summed once a step at every level.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,6 +44,8 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
     else:
         for end in ends:
             fully_shard(end, **options)
+        if isinstance(stage.embedding, FSDPModule):
+            stage.embedding.set_unshard_in_backward(False)  # a lookup's gradient needs no weights
     fully_shard(stage, **options)
     for unit in _units(stage):
         unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
@@ -59,11 +62,13 @@ class Reduction:
 
     def __init__(self, stages: Mapping[int, nn.Module], plan: Plan) -> None:
         self._stages = {number: stage for number, stage in stages.items() if isinstance(stage, FSDPModule)}
+        self._told: dict[int, tuple[bool, bool]] = {}
         self._level = _level(plan)
 
     def before_backward(self, stage: int, *, last: bool, complete: bool) -> None:
-        if stage not in self._stages:
+        if stage not in self._stages or self._told.get(stage) == (last, complete):
             return
+        self._told[stage] = (last, complete)  # each call walks over all units
         module = self._stages[stage]
         module.set_requires_gradient_sync(complete and (last or self._level != "optimizer"))
         module.set_requires_all_reduce(last)
@@ -74,9 +79,13 @@ class Reduction:
         if stage not in self._stages:
             return
         self.before_backward(stage, last=last, complete=True)
-        # There is no public call for a reduction outside of a backward; torch's own pipeline stages make this one
-        # (torch/distributed/pipelining/stage.py, perform_reduce_grad).
-        fully_shard.state(self._stages[stage])._root_post_backward_final_callback()  # pyright: ignore
+        # There is no public call for a reduction outside of a backward. These are the ones that torch's own pipeline stages
+        # make (torch/distributed/pipelining/stage.py, perform_reduce_grad).
+        state: Any = fully_shard.state(self._stages[stage])  # pyright: ignore[reportFunctionMemberAccess]
+        for unit in state._state_ctx.all_states:
+            for group in unit._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
 
 
 def release(stage: nn.Module) -> None:

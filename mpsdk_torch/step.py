@@ -46,7 +46,7 @@ class Trainer:
         )
         self._step = 0
         self._pass = 0
-        self._microbatches: dict[str, Tensor] = {}
+        self._batch: dict[str, Tensor] = {}
         self._divisor = torch.ones((), device=groups.device)
         self._sum = torch.zeros((), device=groups.device)
         self._executor = Executor(
@@ -61,37 +61,38 @@ class Trainer:
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
         """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
-        self._step = step
-        count = self._count_tokens(batch)
-        self._divisor = count / self.optimizer.loss_scale.scale
-        self._sum = torch.zeros((), device=self.groups.device)
+        count = self._begin(batch, step)
+        divisor = count.clamp(min=1.0)
+        self._divisor = divisor / self.optimizer.loss_scale.scale
         actions = self.plan.actions(self.place.rank)
         passes = self.plan.training.accumulation
-        for number in range(passes):
-            self._load(batch, number)
-            self._executor.run(actions, final=number == passes - 1)
+        for self._pass in range(passes):
+            self._executor.run(actions, final=self._pass == passes - 1)
         self._note("updating")
         scale = self.optimizer.loss_scale.scale.clone()
         norm = self.optimizer.step(learning_rate)
-        return PendingStep(self, loss=self._sum / count, norm=norm, loss_scale=scale)
+        return PendingStep(self, loss=self._sum / divisor, norm=norm, loss_scale=scale)
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
         """Sum of token losses and count of valid tokens over all data ranks."""
-        self._step = step
-        count = self._count_tokens(batch)
-        self._divisor = torch.ones((), device=self.groups.device)
-        self._sum = torch.zeros((), device=self.groups.device)
+        count = self._begin(batch, step)
+        self._divisor = torch.ones_like(self._sum)
         actions = self.plan.evaluation_schedule.actions[self.groups.coordinates.pp]
         for stage in self.stages.values():
             stage.eval()
-        for number in range(batch["labels"].shape[0]):
-            self._load(batch, number)
+        for self._pass in range(batch["labels"].shape[0]):
             self._executor.evaluate(actions)
         for stage in self.stages.values():
             stage.train()
             release(stage)
-        total = self.sum_over_world(self._sum)
-        return float(total), float(count)
+        return float(self.sum_over_world(self._sum)), float(count)
+
+    def _begin(self, batch: Batch, step: int) -> Tensor:
+        """Take up a batch, and count its valid tokens over all data ranks."""
+        self._step = step
+        self._batch = self._to_device(batch)
+        self._sum = torch.zeros((), device=self.groups.device)
+        return self._count_tokens(self._batch["labels"])
 
     def sum_over_world(self, value: Tensor) -> Tensor:
         """The sum over data ranks of what the last stage counted, on every rank."""
@@ -113,7 +114,7 @@ class Trainer:
         stage = self.stages[number]
 
         def forward(hidden: Tensor | None, microbatch: int) -> Tensor:
-            inputs = self._microbatches["input_ids"][microbatch] if hidden is None else hidden
+            inputs = self._batch["input_ids"][self._pass, microbatch] if hidden is None else hidden
             return stage(inputs, self._moment(microbatch))
 
         return forward
@@ -122,7 +123,7 @@ class Trainer:
         assert self.plan.description.vocab_size is not None
         total = cross_entropy_sum(
             logits,
-            self._microbatches["labels"][microbatch],
+            self._batch["labels"][self._pass, microbatch],
             vocab_size=self.plan.description.vocab_size,
             group=self.groups.tensor,
         )
@@ -151,22 +152,23 @@ class Trainer:
 
     # -- the batch --------------------------------------------------------------------------------------------------
 
-    def _load(self, batch: Batch, number: int) -> None:
-        """Move one pass over the microbatches to the device."""
-        self._pass = number
-        self._microbatches = {
-            name: torch.from_numpy(np.ascontiguousarray(rows[number], dtype=np.int64)).to(self.groups.device)
-            for name, rows in batch.items()
+    def _to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """The step's whole batch, on its way to the device without anybody waiting for it."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(rows)) for name, rows in batch.items()}
+        if self.groups.device.type != "cpu":
+            tensors = {name: rows.pin_memory() for name, rows in tensors.items()}
+        return {
+            name: rows.to(self.groups.device, torch.int64, non_blocking=True)
+            for name, rows in tensors.items()
         }
 
-    def _count_tokens(self, batch: Batch) -> Tensor:
+    def _count_tokens(self, labels: Tensor) -> Tensor:
         """Valid tokens of the whole global batch, on the device."""
-        valid = int(np.count_nonzero(batch["labels"] != IGNORED_LABEL))
-        count = torch.tensor(float(valid), dtype=torch.float64).to(self.groups.device)
+        count = (labels != IGNORED_LABEL).sum()
         if self.groups.data is not None:
-            self._note("counting tokens")
+            self._note("all_reduce of the token count")
             dist.all_reduce(count, group=self.groups.data)
-        return count.clamp(min=1.0).to(torch.float32)
+        return count.to(torch.float32)
 
 
 class PendingStep:

@@ -76,6 +76,8 @@ class Block(nn.Module):
         self.recompute: Recompute = keep_everything
 
     def forward(self, hidden: Tensor, moment: Moment | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.layer(hidden, moment)
         return self.recompute(self.layer, hidden, moment)
 
     def layer(self, hidden: Tensor, moment: Moment | None) -> Tensor:

@@ -75,7 +75,7 @@ class Attention(nn.Module):
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         dropout = self.dropout if self.training else 0.0
         if dropout:
-            seed_site(moment, self.site)
+            seed_site(moment, self.site, query.device)
         mixed = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=self.grouped
         )

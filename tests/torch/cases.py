@@ -123,6 +123,25 @@ def train(
         backend.close()
 
 
+def evaluate_then_train(place: Place, plan: Plan, steps: int) -> tuple[list[float], list[float]]:
+    """For each step the batch's loss evaluated before the step, and the loss that the step saw."""
+    from mpsdk_torch.backend import TorchBackend
+
+    backend = TorchBackend()
+    evaluated, trained = [], []
+    try:
+        backend.build(plan, place)
+        backend.load(RandomSource(plan.description, plan.training.seed))
+        for step in range(steps):
+            batch = rows_of(global_batch(step, plan.description.vocab_size or 0), plan, place.rank)
+            total, count = backend.evaluate(batch, step=step)
+            evaluated.append(total / count)
+            trained.append(backend.step(batch, step=step, learning_rate=1e-2).read()["loss"])
+        return evaluated, trained
+    finally:
+        backend.close()
+
+
 def _record_first_gradients(backend: Any, into: list[Piece]) -> None:
     """Keep the reduced, unclipped gradients of the first update, by canonical slice."""
     from mpsdk_torch.checkpoint import _canonical_slice, _to_numpy, _valid

@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
             self.sent[COLLECTIVES[operation], ranks, payload.nbytes] += 1
         elif operation.startswith("c10d.") and operation != "c10d.recv_.default":
             raise AssertionError(f"{operation} is not counted")
-        elif operation in ("aten.mm.default", "aten.addmm.default"):
+        elif operation in ("aten.mm.default", "aten.addmm.default", "aten.addmm_.default"):
             first, second = args[-2:]
             self.matrix_flops += 2 * first.shape[0] * first.shape[1] * second.shape[1]
         return func(*args, **(kwargs or {}))
@@ -77,7 +77,8 @@ def record(place: Place, plan: Plan) -> tuple[Sent, Sent, int]:
     try:
         backend.build(plan, place)
         backend.load(RandomSource(plan.description, plan.training.seed))
-        batch = rows_of(global_batch(0, plan.description.vocab_size or 0), plan, place.rank)
+        batch = global_batch(0, plan.description.vocab_size or 0, rows=plan.training.global_batch)
+        batch = rows_of(batch, plan, place.rank)
         backend.step(batch, step=0, learning_rate=1e-3).read()
         with Recorder() as step:
             result = backend.step(batch, step=1, learning_rate=1e-3)
@@ -108,6 +109,11 @@ TP2 = SEVERAL | {"tensor_parallel": 2}
 TP2_WHOLE = SEVERAL | {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}
 PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}}
 PP3: dict[str, Any] = {"pipeline": {"degree": 3, "microbatches": 4, "partition": [1, 2, 1]}}
+INTERLEAVED: dict[str, Any] = {
+    "pipeline": {"degree": 2, "microbatches": 4, "schedule": "interleaved", "virtual_stages": 2}
+}
+ZB_H1: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-h1"}}
+ZB_V: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-v", "virtual_stages": 2}}
 SDP2 = {"sharded_data_parallel": 2}
 SDP3 = {"sharded_data_parallel": 3}
 GRADIENTS = {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}
@@ -115,6 +121,7 @@ OPTIMIZER = {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}
 BF16 = {"precision": "bf16"}
 FULL = {"activation_checkpointing": "full"}
 OFFLOAD = {"activation_checkpointing": {"mode": "full", "offload": True}}
+ATTENTION = {"activation_checkpointing": {"mode": "selective", "keep": ["attention"]}}
 BOTH = {"activation_checkpointing": {"mode": "selective", "keep": ["attention", "matmul"]}}
 UNTIED = {"model": {"tie_word_embeddings": False}}
 DROPOUT = {"dropout": 0.1}
@@ -123,6 +130,8 @@ ONE_BACKWARD = {"accumulation": 1}
 # name: family, ranks, distribution, training and model
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "single": ("gpt2", 1, SEVERAL, {}),
+    "single-full": ("llama", 1, SEVERAL | FULL | BF16, {}),
+    "single-attention": ("gpt2", 1, SEVERAL | ATTENTION, {}),
     "dp2": ("gpt2", 2, SEVERAL, {}),
     "dp2-bf16": ("llama", 2, SEVERAL | BF16, {}),
     "sdp2": ("gpt2", 2, SEVERAL | SDP2, {}),
@@ -142,17 +151,28 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "tp2-whole-sequence-full": ("gpt2", 2, TP2_WHOLE | FULL, {}),
     "pp2": ("gpt2", 2, PP2, {}),
     "pp3": ("llama", 3, PP3 | BF16, {}),
+    "interleaved": ("gpt2", 2, INTERLEAVED | FULL, {}),
+    "zb-h1-full": ("llama", 2, ZB_H1 | FULL, UNTIED),
+    "zb-v-sdp2": ("gpt2", 4, ZB_V | SDP2, {}),
+    "zb-h1-sdp2-tp2": ("llama", 8, ZB_H1 | SDP2 | {"tensor_parallel": 2}, {}),
     "pp2-sdp2": ("gpt2", 4, PP2 | SDP2, {}),
     "pp2-sdp2-one-pass": ("llama", 4, PP2 | SDP2, ONE_BACKWARD),
+    "interleaved-sdp2": ("llama", 4, INTERLEAVED | SDP2, UNTIED),
     "pp2-tp2": ("llama", 4, PP2 | {"tensor_parallel": 2} | FULL, {}),
     "pp2-sdp2-tp2": ("gpt2", 8, PP2 | SDP2 | {"tensor_parallel": 2} | BF16, {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_messages_of_a_step(pool: WorkerPool, case: str) -> None:
+def test_messages_and_matrix_products_of_a_step(pool: WorkerPool, case: str) -> None:
     family, world_size, distribution, training = CASES[case]
     plan = make_plan(family, world_size, distribution, **training)
-    for rank, (step, report, _) in enumerate(pool.run(world_size, record, plan)):
+    compute = estimate(plan, device="cpu").compute
+    for rank, (step, report, flops) in enumerate(pool.run(world_size, record, plan)):
         assert step == expected(plan, rank, "step"), rank
         assert report == expected(plan, rank, "report"), rank
+        passes = plan.microbatches * plan.training.accumulation
+        stages = [compute[stage] for stage in plan.stages_of(rank)]
+        assert flops == pytest.approx(
+            passes * sum(3 * stage.linear + stage.linear_again for stage in stages), rel=1e-12
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.torch.cases import Outcome, assemble, make_plan, train
+from tests.torch.cases import Outcome, assemble, evaluate_then_train, make_plan, train
 from tests.torch.pool import WorkerPool
 
 BOUND = 1e-5
@@ -22,6 +22,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sdp2-gradients": (2, {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}),
     "sdp2-optimizer": (2, {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}),
     "dp2-sdp2": (4, {"sharded_data_parallel": 2}),
+    "dp2-sdp2-gradients": (4, {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}),
+    "dp2-sdp2-optimizer": (4, {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}),
     "tp2": (2, {"tensor_parallel": 2}),
     "tp2-no-sequence": (2, {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}),
     "tp4": (4, {"tensor_parallel": 4}),
@@ -139,12 +141,32 @@ def test_recompute_changes_no_digit_that_matters(
     assert_parity(run(pool, family, world_size, distribution, 3), reference(pool, family, 3))
 
 
-@pytest.mark.parametrize("level", ["parameters", "gradients", "optimizer"])
-def test_shards_of_unequal_size_change_nothing(pool: WorkerPool, level: str) -> None:
+UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "sdp3-parameters": (3, {"sharded_data_parallel": 3}),
+    "sdp3-gradients": (3, {"sharded_data_parallel": {"degree": 3, "level": "gradients"}}),
+    "sdp3-optimizer": (3, {"sharded_data_parallel": {"degree": 3, "level": "optimizer"}}),
+    "sdp3-tp2": (6, {"sharded_data_parallel": 3, "tensor_parallel": 2}),
+    "pp2-sdp3": (6, {"sharded_data_parallel": 3, "pipeline": {"degree": 2, "microbatches": 4}}),
+}
+
+
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_shards_of_unequal_size_change_nothing(pool: WorkerPool, layout: str) -> None:
     """Three ranks divide neither 64 nor 104 rows."""
-    distribution = {"sharded_data_parallel": {"degree": 3, "level": level}}
-    outcomes = run(pool, "gpt2", 3, distribution, 3, global_batch=24)
+    world_size, distribution = UNEVEN[layout]
+    outcomes = run(pool, "gpt2", world_size, distribution, 3, global_batch=24)
     assert_parity(outcomes, reference(pool, "gpt2", 3, global_batch=24))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("level", ["parameters", "gradients", "optimizer"])
+def test_an_evaluation_between_steps_sees_the_weights_of_its_step(
+    pool: WorkerPool, level: str, precision: str
+) -> None:
+    """The loss of a batch before it is trained on is its training loss, whatever an earlier forward left gathered."""
+    distribution = {"sharded_data_parallel": {"degree": 2, "level": level}, "precision": precision}
+    for evaluated, trained in pool.run(2, evaluate_then_train, make_plan("gpt2", 2, distribution), 3):
+        np.testing.assert_allclose(evaluated, trained, rtol=BOUND)
 
 
 def test_stages_of_unequal_size_change_nothing(pool: WorkerPool) -> None:
