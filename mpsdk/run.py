@@ -207,7 +207,7 @@ class Background:
     """
 
     def __init__(self, work: Callable[[Callable[[], bool]], None]) -> None:
-        self._stop = threading.Event()
+        self._stop, self._done = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._do, args=(work,), name="mpsdk run")
         self._thread.start()
@@ -215,9 +215,14 @@ class Background:
     def join(self) -> None:
         """Return when the work is done; raises the error that ended it. On Ctrl-C the work is asked to stop."""
         try:
-            self._thread.join()
+            # Not `join`: until Python 3.13 a thread whose join is interrupted counts as ended (python/cpython#90882),
+            # and the program would leave without it.
+            self._done.wait()
         except KeyboardInterrupt:
             self._stop.set()
+            print(
+                "\ninterrupted; the run stops at one of its next logging steps, with a checkpoint", flush=True
+            )
             raise
         if self._error is not None:
             raise self._error
@@ -227,6 +232,8 @@ class Background:
             work(self._stop.is_set)
         except BaseException as error:
             self._error = error
+        finally:
+            self._done.set()
 
 
 def draw_pictures(run: Run) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mpsdk import Distribution, Estimator, Training
+from mpsdk import Distribution, Estimator, Run, Training
 from mpsdk.errors import CheckpointError, ConfigError, DataError, WorkerError
 from mpsdk.launch import LocalLauncher
 from mpsdk.launch.local import alone_in
@@ -281,6 +281,34 @@ def test_fit_without_waiting_comes_back_at_once(tmp_path: Path, corpus: str) -> 
     failed = failing.fit(corpus, wait=False)
     with pytest.raises(WorkerError, match="diverged"):
         failed.wait()
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_wait_that_is_interrupted_stops_the_run_with_a_checkpoint(tmp_path: Path, corpus: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import os, signal
+from mpsdk import Estimator
+from mpsdk.report.callbacks import Callback
+class Interrupt(Callback):
+    def on_log(self, row):
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+training = {{**{TRAINING!r}, "steps": 100000, "log_every": 1}}
+Estimator(
+    {MODEL!r}, framework="fake", training=training, callbacks=[Interrupt()], output_dir={str(tmp_path / "run")!r}
+).fit({corpus!r}, wait=False).wait()
+""",
+        encoding="utf-8",
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "KeyboardInterrupt" in ended.stderr
+    run = Run.load(tmp_path / "run")
+    assert run.latest_checkpoint is not None
+    assert f"checkpoint {run.latest_checkpoint}" in ended.stdout.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("fake")
