@@ -58,15 +58,15 @@ class Executor:
         reduction: Reduction,
         note: Callable[[str], None],
     ) -> None:
-        self._stages, self._loss, self._links = stages, loss, links
-        self._stage_rank, self._last_stage = stage_rank, len(stage_rank) - 1
-        self._hidden, self._reduction, self._note = hidden, reduction, note
+        self.stages, self.loss, self.links = stages, loss, links
+        self.stage_rank, self.last_stage = stage_rank, len(stage_rank) - 1
+        self.hidden, self.reduction, self.note = hidden, reduction, note
 
     def run(self, actions: Sequence[Action], *, final: bool = True) -> None:
         """Run a training schedule; `final`: no further pass of this step follows."""
         pass_ = _Pass(self, actions, final=final)
         for action in actions:
-            self._note(f"pipeline {action}")
+            self.note(f"pipeline {action}")
             pass_.do(action)
         self._finish()
 
@@ -75,16 +75,16 @@ class Executor:
         """Run a forward-only schedule; the loss callable keeps what it wants of the results."""
         pass_ = _Pass(self, actions, final=False)
         for action in actions:
-            self._note(f"pipeline {action}, evaluating")
+            self.note(f"pipeline {action}, evaluating")
             pass_.do(action)
         self._finish()
 
     def _finish(self) -> None:
-        if self._links is not None:
-            self._links.finish()
+        if self.links is not None:
+            self.links.finish()
 
-    def _tag(self, stage: int, microbatch: int) -> int:
-        return microbatch * len(self._stage_rank) + stage
+    def tag(self, stage: int, microbatch: int) -> int:
+        return microbatch * len(self.stage_rank) + stage
 
 
 class _Pass:
@@ -121,9 +121,9 @@ class _Pass:
     def _forward(self, stage: int, microbatch: int) -> None:
         key = (stage, microbatch)
         hidden = self._take_input(stage, microbatch)
-        output = self._executor._stages[stage](hidden, microbatch)
-        if stage == self._executor._last_stage:
-            output = self._executor._loss(output, microbatch)
+        output = self._executor.stages[stage](hidden, microbatch)
+        if stage == self._executor.last_stage:
+            output = self._executor.loss(output, microbatch)
         else:
             self._outputs[key] = output.detach()
         if output.requires_grad:
@@ -144,26 +144,27 @@ class _Pass:
 
     def _backward(self, stage: int, microbatch: int) -> None:
         last = self._completes_last(stage)
-        self._executor._reduction.before_backward(stage, last=last, complete=True)
+        self._executor.reduction.before_backward(stage, last=last, complete=True)
         self._differentiate(stage, microbatch)
 
     def _backward_input(self, stage: int, microbatch: int) -> None:
-        self._executor._reduction.before_backward(stage, last=False, complete=False)
+        self._executor.reduction.before_backward(stage, last=False, complete=False)
         with deferring(self._weights.setdefault((stage, microbatch), [])):
             self._differentiate(stage, microbatch)
 
     def _backward_weight(self, stage: int, microbatch: int) -> None:
         for add_gradient in self._weights.pop((stage, microbatch)):
             add_gradient()
-        self._executor._reduction.after_weight_gradients(stage, last=self._completes_last(stage))
+        self._executor.reduction.after_weight_gradients(stage, last=self._completes_last(stage))
 
     def _differentiate(self, stage: int, microbatch: int) -> None:
         key = (stage, microbatch)
-        gradient = None
-        if stage != self._executor._last_stage:
+        edge = self._edges.pop(key)
+        if stage == self._executor.last_stage:
+            torch.autograd.backward((edge,))
+        else:
             self._wait(Kind.RECEIVE_BACKWARD, stage, microbatch)
-            gradient = (self._gradients.pop(key),)
-        torch.autograd.backward((self._edges.pop(key),), gradient)
+            torch.autograd.backward((edge,), (self._gradients.pop(key),))
         hidden = self._inputs.pop(key, None)
         if hidden is not None:
             assert hidden.grad is not None
@@ -176,24 +177,24 @@ class _Pass:
 
     def _send(self, action: Action) -> None:
         executor, (kind, stage, microbatch) = self._executor, action
-        assert executor._links is not None
+        assert executor.links is not None
         forward = kind is Kind.SEND_FORWARD
         if forward:
             tensor, target = self._outputs.pop((stage, microbatch)), stage + 1
         else:
             tensor, target = self._gradients.pop((stage - 1, microbatch)), stage - 1
-        owner, tag = executor._stage_rank, executor._tag(stage, microbatch)
-        executor._links.send(tensor, owner[stage], owner[target], forward=forward, tag=tag)
+        owner, tag = executor.stage_rank, executor.tag(stage, microbatch)
+        executor.links.send(tensor, owner[stage], owner[target], forward=forward, tag=tag)
 
     def _receive(self, action: Action) -> None:
         executor, (kind, stage, microbatch) = self._executor, action
-        assert executor._links is not None
+        assert executor.links is not None
         forward = kind is Kind.RECEIVE_FORWARD
         source = stage - 1 if forward else stage + 1
-        into = executor._hidden()
+        into = executor.hidden()
         (self._inputs if forward else self._gradients)[(stage, microbatch)] = into
-        owner, tag = executor._stage_rank, executor._tag(source, microbatch)
-        self._arriving[kind, stage, microbatch] = executor._links.receive(
+        owner, tag = executor.stage_rank, executor.tag(source, microbatch)
+        self._arriving[kind, stage, microbatch] = executor.links.receive(
             into, owner[source], owner[stage], forward=forward, tag=tag
         )
 
@@ -201,5 +202,5 @@ class _Pass:
         work = self._arriving.pop((kind, stage, microbatch), None)
         if work is not None:
             source = stage - 1 if kind is Kind.RECEIVE_FORWARD else stage + 1
-            self._executor._note(f"waiting for microbatch {microbatch} of stage {source}")
+            self._executor.note(f"waiting for microbatch {microbatch} of stage {source}")
             work.wait()

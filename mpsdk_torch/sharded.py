@@ -57,7 +57,7 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
         block.set_modules_to_backward_prefetch(blocks[max(0, index - ahead) : index][::-1])
 
 
-class Reduction:
+class ShardedReduction:
     """Tells FSDP2 what each backward of a stage is to reduce. See `mpsdk_torch.executor.Reduction`."""
 
     def __init__(self, stages: Mapping[int, nn.Module], plan: Plan) -> None:

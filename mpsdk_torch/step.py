@@ -17,7 +17,7 @@ from mpsdk_torch.executor import Executor
 from mpsdk_torch.loss import cross_entropy_sum
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.precision import COMPUTE_DTYPES
-from mpsdk_torch.sharded import Reduction, release
+from mpsdk_torch.sharded import ShardedReduction, release
 from mpsdk_torch.topology import Groups
 from mpsdk_torch.transformer import Transformer
 
@@ -55,7 +55,7 @@ class Trainer:
             stage_rank=plan.schedule.stage_rank,
             links=groups.links,
             hidden=self._empty_hidden,
-            reduction=Reduction(stages, plan),
+            reduction=ShardedReduction(stages, plan),
             note=self._note,
         )
 
