@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Literal
 
 from mpsdk.estimate.frameworks import Attention, Device, Level, attention_kernel, framework_of
 from mpsdk.estimate.sizes import COMPUTE_BYTES, FP32, sizes_of
@@ -65,16 +67,25 @@ class Account:
         """Backwards of a stage in a step."""
         return self.plan.microbatches * self.plan.training.accumulation
 
-    def most_in_flight(self, bytes_of: dict[int, int]) -> int:
-        """The most that microbatches in flight take together, when one takes `bytes_of[stage]` from its forward until
-        the last part of its backward."""
+    def most_in_flight(self, kept: Mapping[int, int], put_off: Mapping[int, int] | None = None) -> int:
+        """The most that microbatches in flight take together.
+
+        Args:
+            kept: what one takes, by stage, from its forward until its backward.
+            put_off: what one takes from a backward of inputs until that of weights; None: as much as before.
+        """
+        put_off = kept if put_off is None else put_off
         held = most = 0
         for kind, stage, _ in self.plan.schedule.actions[self.pp]:
             if kind is Kind.FORWARD:
-                held += bytes_of[stage]
-                most = max(most, held)
-            elif kind is Kind.BACKWARD or kind is Kind.BACKWARD_WEIGHT:
-                held -= bytes_of[stage]
+                held += kept[stage]
+            elif kind is Kind.BACKWARD:
+                held -= kept[stage]
+            elif kind is Kind.BACKWARD_INPUT:
+                held += put_off[stage] - kept[stage]
+            elif kind is Kind.BACKWARD_WEIGHT:
+                held -= put_off[stage]
+            most = max(most, held)
         return most
 
     # -- states -----------------------------------------------------------------------------------------------------
@@ -113,15 +124,32 @@ class Account:
         """Whether gradients are reduced after each backward of a step."""
         return self.sharding.shares_gradients or (self.copies and self.backwards == 1)
 
+    def reducing(self, unit: Literal["earlier", "head", "block"]) -> int:
+        """Bytes of gradients that are still being reduced while the next backward goes on: those of the microbatch
+        before, of the head, or of a block."""
+        if not (self.copies and self.reduces_each):
+            return 0
+        if len(self.stages) > 1:  # whichever stage had its backward before
+            return FP32 * self.largest_unit
+        if unit == "block":
+            return FP32 * max(u.padded(self.degree) for u in self.all_units if u.is_block)
+        if unit == "head" and not self.all_units[0].joins_ends:  # with the embedding it is reduced last
+            return FP32 * self.all_units[-1].padded(self.degree)
+        return FP32 * self.all_units[0].padded(self.degree) if self.backwards > 1 else 0
+
     def gathered(self, ahead: int) -> int:
         """Bytes of whole weights while one unit computes and `ahead` of its neighbours are gathered too."""
         if not self.copies:
             return 0
-        sizes = [[unit.padded(self.degree) for unit in units] for units in self.units.values()]
         if self.sharding.gathers == "stage":
-            return self.compute * sum(map(sum, sizes))
-        windows = (sum(stage[at : at + 1 + ahead]) for stage in sizes for at in range(len(stage)))
-        return self.compute * max(windows)
+            return self.compute * sum(unit.padded(self.degree) for unit in self.all_units)
+        # Embedding and head in one unit are whole as long as either is needed: all the time.
+        always = sum(unit.padded(self.degree) for unit in self.all_units if unit.joins_ends)
+        passing = [
+            [u.padded(self.degree) for u in units if not u.joins_ends] for units in self.units.values()
+        ]
+        windows = (sum(stage[at : at + 1 + ahead]) for stage in passing for at in range(len(stage)))
+        return self.compute * (always + max(windows))
 
     def gathers_in_vain(self, stage: int) -> int:
         """Gathers of the last unit of `stage` that nobody waits for, in a step.
@@ -138,12 +166,12 @@ class Account:
         return 1 if self.plan.training.accumulation > 1 or self._empties(stage) else 0
 
     def _empties(self, stage: int) -> bool:
-        """Whether, before the end of a pass, `stage` has a moment with no microbatch in flight."""
+        """Whether, before the end of a pass, `stage` has a moment without a forward whose backward has not begun."""
         held = emptied = 0
         for kind, where, _ in self.plan.schedule.actions[self.pp]:
             if where == stage and kind is Kind.FORWARD:
                 held += 1
-            elif where == stage and (kind is Kind.BACKWARD or kind is Kind.BACKWARD_WEIGHT):
+            elif where == stage and (kind is Kind.BACKWARD or kind is Kind.BACKWARD_INPUT):
                 held -= 1
                 emptied += held == 0
         return emptied > 1
@@ -170,7 +198,7 @@ class Account:
 
     @property
     def stops_early(self) -> bool:
-        """Whether a block that is computed again stops before its down projection, whose result no backward needs.
+        """Whether a block that is computed again stops at its down projection, whose result no backward needs.
 
         PyTorch's checkpoint without reentrance stops at the last tensor that a backward needs; dropout after the down
         projection needs its mask.
@@ -178,3 +206,9 @@ class Account:
         spec = self.plan.description.spec
         dropped = spec is not None and spec.dropout.residual > 0
         return self.framework.stops_recompute_early and not self.recompute.offload and not dropped
+
+    @property
+    def stops_before_product(self) -> bool:
+        """Whether it stops before that projection's product, not after it: a linear layer that can put off its weight
+        gradient is one operation to the framework, which keeps its input when all of it is done."""
+        return self.stops_early and not self.plan.schedule.splits_backward

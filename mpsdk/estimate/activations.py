@@ -45,9 +45,8 @@ def head_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What the head and the loss keep; logits themselves are dropped as soon as the loss has read them."""
     kept = {**_norm("output", spec, sizes, kernels), "head.input": sizes.whole_hidden}
     kept["loss.softmax"] = sizes.tokens * sizes.words * FP32
-    if sizes.tensor_parallel > 1:  # index of the label, whether it lies here, whether it counts
-        kept["loss.index"] = sizes.tokens * INDEX
-        kept["loss.masks"] = 2 * sizes.tokens
+    kept["loss.index"] = sizes.tokens * INDEX  # where the label is in this rank's rows
+    kept["loss.masks"] = 2 * sizes.tokens  # whether it is there, whether it counts
     return kept
 
 
@@ -64,6 +63,31 @@ def recompute_kept(
         if "matmul" in recompute.keep:
             kept |= _matmul_results(spec, sizes, kernels)
     return kept
+
+
+def block_put_off(sizes: Sizes, *, gated: bool) -> Kept:
+    """What one block keeps from its backward of inputs until that of its weights: of every linear layer, what came in
+    and the gradient of what came out (Qi et al. 2024, arXiv:2401.10241)."""
+    queries, pairs, inner = (
+        sizes.tokens * count * sizes.compute for count in (sizes.queries, sizes.pairs, sizes.features)
+    )
+    return {
+        "attention.input": sizes.whole_hidden,
+        "attention.mixed": queries,
+        "feed_forward.input": sizes.whole_hidden,
+        "feed_forward.product" if gated else "feed_forward.activated": inner,
+        "gradients of query, key, value": queries + 2 * pairs,
+        "gradients of attention.output, feed_forward.down": 2 * sizes.whole_hidden,
+        "gradients of feed_forward.up, feed_forward.gate": 2 * inner if gated else inner,
+    }
+
+
+def head_put_off(sizes: Sizes) -> Kept:
+    """The same of the head."""
+    return {
+        "head.input": sizes.whole_hidden,
+        "gradients of logits": sizes.tokens * sizes.vocabulary * sizes.compute,
+    }
 
 
 def block_workspace(
@@ -87,10 +111,8 @@ def block_workspace(
 
 
 def loss_workspace(sizes: Sizes) -> int:
-    """Beside the softmax that is kept: logits while the loss is computed, or gradients of the loss."""
-    fp32 = sizes.tokens * sizes.words * FP32
-    forward = sizes.tokens * sizes.vocabulary * sizes.compute + (fp32 if sizes.compute < FP32 else 0)
-    return max(forward, fp32 if sizes.tensor_parallel > 1 else 2 * fp32)
+    """Beside the softmax that is kept, and turned into its gradient in place: the logits, or their gradient."""
+    return sizes.tokens * sizes.vocabulary * sizes.compute
 
 
 def head_workspace(sizes: Sizes) -> int:

@@ -101,13 +101,17 @@ def _sharded(account: Account) -> Iterator[Message]:
     """Gathering weights and reducing gradients, unit by unit (docs of FSDP2; Rajbhandari et al. 2019, arXiv:1910.02054)."""
     n, replicas, sharding = account.degree, account.plan.degrees.dp, account.sharding
     dtype = account.compute if sharding.shares_parameters else FP32
-    gathers = 2 * account.backwards if sharding.gathers == "block" else 1
     reductions = account.backwards if sharding.shares_gradients else 1
     for stage, units in account.units.items():
         for number, unit in enumerate(units):
-            extra = account.gathers_in_vain(stage) if number == len(units) - 1 else 0
+            gathers = 1
+            if (
+                sharding.gathers == "block"
+            ):  # in forwards and backwards, but a lookup's gradient needs no weights
+                gathers = account.backwards * (1 if unit.is_embedding else 2)
+                gathers += account.gathers_in_vain(stage) if number == len(units) - 1 else 0
             part = unit.padded(n) // n
-            yield Message(("sdp",), "all-gather", f"weights of {unit.name}", n, part * dtype, gathers + extra)
+            yield Message(("sdp",), "all-gather", f"weights of {unit.name}", n, part * dtype, gathers)
             yield Message(
                 ("sdp",), "reduce-scatter", f"gradients of {unit.name}", n, part * n * FP32, reductions
             )

@@ -76,7 +76,7 @@ def _again(account: Account, linear: float, attention: float, *, blocks: int) ->
         attention = 0.0
     if "matmul" in kept:
         linear = 0.0
-    elif account.stops_early and spec is not None:
+    elif account.stops_before_product and spec is not None:
         linear -= blocks * 2.0 * spec.hidden_size * spec.feed_forward_size  # the down projection
     return linear, attention
 

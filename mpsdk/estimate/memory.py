@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from mpsdk.estimate.account import Account
 from mpsdk.estimate.activations import (
     Kept,
+    block_put_off,
     block_workspace,
     embedding_kept,
     head_kept,
+    head_put_off,
     head_workspace,
     loss_workspace,
     recompute_kept,
@@ -25,13 +27,14 @@ GATHERED = "gathered"  # whole weights, in the compute dtype, that layers comput
 ACTIVATIONS = "activations"  # kept from forwards for their backwards
 WORKSPACE = "workspace"  # what comes and goes within one layer's backward
 BUFFERS = "buffers"  # of collectives and messages
-INPUTS = "inputs"  # ids and labels of one pass, tables of rotary positions
+INPUTS = "inputs"  # ids and labels of a step, tables of rotary positions
 
 # Moments of a step. One of them is a rank's peak.
 BETWEEN = "between steps"
 LOSS = "loss"
 HEAD = "backward of the head"
 FIRST = "backward of the first block"  # the first in the order of the backward, when nothing has been let go
+SECOND = "backward of the second block"
 REDUCE = "reduction of a block's gradients"
 LAST = "backward of the last block"
 UPDATE = "update"
@@ -98,7 +101,7 @@ def _state(account: Account, share: ShareClass) -> Bytes:
     optimizer = moments(plan.training) * share.elements
     if plan.training.optimizer == "adamw":
         optimizer += share.tensors  # each has a step counter
-    ids = plan.microbatches * plan.microbatch_size * plan.training.sequence_length
+    ids = plan.training.global_batch // plan.data_size * plan.training.sequence_length
     turns = 0
     if spec is not None and spec.positions == "rotary" and sizes is not None:
         turns = 2 * sizes.length * sizes.head_size * sizes.compute  # cosines and sines, for each stage
@@ -135,45 +138,47 @@ def _pass(account: Account, share: ShareClass, state: Bytes) -> dict[str, Bytes]
     if sizes is None or spec is None:
         return {FIRST: common}
     kept = {stage: sum(_kept(account, sizes, stage).values()) for stage in account.stages}
-    activations = account.most_in_flight(kept)
+    activations = account.most_in_flight(kept, _put_off(account, sizes, gated=spec.gated))
     messages = _messages(account, sizes)
     found: dict[str, Bytes] = {}
     if account.has_last:
-        last = account.units[account.stages[-1]][-1]
-        gathered = (
-            account.gathered(0)
-            if account.sharding.gathers == "stage"
-            else account.compute * last.padded(account.degree)
-        )
+        # Weights that are gathered block by block have been let go before the loss.
+        gathered = common[GATHERED] if account.sharding.gathers == "stage" else 0
+        buffers = {BUFFERS: messages + account.reducing("earlier")}
         found[LOSS] = common | {
             ACTIVATIONS: activations,
             GATHERED: gathered,
             WORKSPACE: loss_workspace(sizes),
-            BUFFERS: messages,
         }
-        found[HEAD] = common | {
-            ACTIVATIONS: activations,
-            WORKSPACE: head_workspace(sizes),
-            BUFFERS: messages,
-        }
+        found[HEAD] = common | {ACTIVATIONS: activations, WORKSPACE: head_workspace(sizes)}
+        found |= {moment: found[moment] | buffers for moment in (LOSS, HEAD)}
         activations -= sum(head_kept(spec, sizes, kernels).values())
     block = sum(recompute_kept(spec, sizes, kernels, account.recompute).values())
-    unit = account.largest_unit if account.copies else 0
-    in_block = {
-        WORKSPACE: block_workspace(spec, sizes, kernels, account.recompute),
-        BUFFERS: messages
-        + (FP32 * unit if account.reduces_each else 0),  # of the block before, being reduced
-    }
-    found[FIRST] = common | {ACTIVATIONS: activations} | in_block
-    if unit:
+    workspace = {WORKSPACE: block_workspace(spec, sizes, kernels, account.recompute)}
+    before = {BUFFERS: messages + account.reducing("head" if account.has_last else "earlier")}
+    between = {BUFFERS: messages + account.reducing("block")}
+    found[FIRST] = common | {ACTIVATIONS: activations} | workspace | before
+    found[SECOND] = common | {ACTIVATIONS: activations - block} | workspace | between
+    if account.copies:
+        unit = account.largest_unit
         found[REDUCE] = common | {
             ACTIVATIONS: (activations if account.reduces_each else max(kept.values())) - block,
             WORKSPACE: account.compute * unit if account.reduces_each else 0,
             BUFFERS: messages + FP32 * (unit + unit // account.degree),
         }
     if not many:
-        found[LAST] = common | {GRADIENTS: gradients, ACTIVATIONS: block} | in_block
+        found[LAST] = common | {GRADIENTS: gradients, ACTIVATIONS: block} | workspace | between
     return found
+
+
+def _put_off(account: Account, sizes: Sizes, *, gated: bool) -> dict[int, int]:
+    """Bytes that one microbatch keeps between the two parts of a split backward, by stage."""
+    block, head = block_put_off(sizes, gated=gated), head_put_off(sizes)
+    return {
+        stage: account.blocks(stage) * sum(block.values())
+        + (sum(head.values()) if account.is_last(stage) else 0)
+        for stage in account.stages
+    }
 
 
 def _messages(account: Account, sizes: Sizes) -> int:

@@ -26,6 +26,7 @@ def moments(training: Training) -> int:
     return _MOMENTS[training.optimizer]
 
 
+BLOCK = "block "
 BOTH_ENDS = "embedding and head"  # one unit, when they are tied on one rank
 
 
@@ -48,9 +49,17 @@ class Unit:
         return sum(map(math.prod, self.shapes))
 
     @property
+    def is_embedding(self) -> bool:
+        return self.name == "embedding"
+
+    @property
     def joins_ends(self) -> bool:
         """Whether it is embedding and head in one."""
         return self.name == BOTH_ENDS
+
+    @property
+    def is_block(self) -> bool:
+        return self.name.startswith(BLOCK)
 
     def shard(self, sdp: int, degree: int) -> int:
         """Elements at coordinate `sdp` of `degree`."""
@@ -84,7 +93,7 @@ def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
     tied_here = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
     for number, held in enumerate(tensors):
         part = held.tensor.part
-        name = f"block {held.tensor.block}" if part == "block" else BOTH_ENDS if tied_here else part
+        name = f"{BLOCK}{held.tensor.block}" if part == "block" else BOTH_ENDS if tied_here else part
         groups.setdefault(name, []).append(number)
     return tuple(
         Unit(

@@ -64,30 +64,34 @@ def kept_bytes(place: Place, plan: Plan) -> int:
     import torch
 
     from mpsdk_torch.backend import TorchBackend
+    from mpsdk_torch.loss import cross_entropy_sum
+    from mpsdk_torch.precision import COMPUTE_DTYPES
     from mpsdk_torch.sharded import release
     from tests.torch.memory import Memory
 
+    vocab, length, spec = plan.description.vocab_size, plan.training.sequence_length, plan.description.spec
+    assert vocab is not None and spec is not None
     backend = TorchBackend()
     try:
         backend.build(plan, place)
         backend.load(RandomSource(plan.description, plan.training.seed))
-        trainer = backend._ready.trainer
-        ((number, stage),) = trainer.stages.items()
-        trainer._load(rows_of(global_batch(0, plan.description.vocab_size or 0), plan, place.rank), 0)
+        ((number, stage),) = backend._ready.trainer.stages.items()
+        last, group = number == len(plan.stages) - 1, backend._ready.groups.tensor
+        ids = torch.randint(vocab, (plan.microbatch_size, length))
+        part = length // group.size if group.sequence_parallel else length
+        dtype = COMPUTE_DTYPES[plan.distribution.precision.mode]
+
+        def hidden() -> Any:
+            return torch.randn(plan.microbatch_size, part, spec.hidden_size, dtype=dtype)
 
         def forward() -> tuple[Any, Any]:
-            hidden = trainer._empty_hidden().normal_().requires_grad_() if number else None
-            output = trainer._forward_of(number)(hidden, 0)
-            if number == len(plan.stages) - 1:
-                output = trainer._loss(output, 0)
-            return torch.autograd.graph.get_gradient_edge(output), hidden
+            inputs = hidden().requires_grad_() if number else ids
+            output = stage(inputs, None)
+            if last:
+                output = cross_entropy_sum(output, ids, vocab_size=vocab, group=group) / torch.ones(())
+            return torch.autograd.graph.get_gradient_edge(output), inputs
 
-        def warm_up() -> None:
-            edge, _hidden = forward()
-            last = number == len(plan.stages) - 1
-            torch.autograd.backward((edge,), None if last else (torch.zeros_like(trainer._empty_hidden()),))
-
-        warm_up()
+        torch.autograd.backward((forward()[0],), None if last else (hidden(),))
         release(stage)
         with Memory() as memory:
             graph = forward()
@@ -160,8 +164,7 @@ def held(place: Place, plan: Plan) -> dict[str, int]:
         backend.step(batch, step=0, learning_rate=1e-3).read()
         found["parameters"] = sum(item.local.numel() for item in optimizer.held)
         for slot, name in optimizer.slots.items():
-            states = [optimizer.state(item)[name] for item in optimizer.held if optimizer.holds(item)]
-            found[slot] = sum(state.numel() for state in states)
+            found[slot] = sum(state[name].numel() for state in optimizer.state.values())
         return found
     finally:
         backend.close()
