@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.live import Live
     from rich.table import Table
 
 Values = Mapping[str, Any]
@@ -157,15 +158,18 @@ class TerminalDisplay:
     """A line that is redrawn at the bottom; what stays above it: the heading, evaluations, the summary."""
 
     def __init__(self, console: Console) -> None:
-        from rich.live import Live
-
         self._console = console
         self._progress = Progress()
-        self._live = Live(console=console, get_renderable=self._line, refresh_per_second=4, transient=True)
+        self._live: Live | None = None  # made at the start, because it draws its first line when it is made
 
     def start(self, event: Values) -> None:
+        from rich.live import Live
+
         self._progress.start(event)
         self._print(heading(event))
+        self._live = Live(
+            console=self._console, get_renderable=self._line, refresh_per_second=4, transient=True
+        )
         self._live.start()
 
     def resume(self, event: Values) -> None:
@@ -188,11 +192,12 @@ class TerminalDisplay:
         self._leave(event["reason"])
 
     def close(self) -> None:
-        if self._live.is_started:
+        if self._live and self._live.is_started:
             self._leave(None)
 
     def _leave(self, reason: str | None) -> None:
-        self._live.stop()
+        if self._live:
+            self._live.stop()
         self._print(self._progress.summary(reason))
 
     def _print(self, line: str) -> None:

@@ -124,6 +124,7 @@ def test_terminal_keeps_heading_evaluations_and_summary(tmp_path):
 def test_terminal_cut_off_by_a_failure_still_tells_how_far_it_came(tmp_path):
     output = shown(tmp_path, events()[:3], terminal=True)
     assert "cut off at step 500 of 1,000" in output
+    assert "0/0" not in output
     assert "\x1b[?25h" in output  # the cursor is back
 
 
