@@ -113,10 +113,10 @@ def plan(
     if save is not None:
         planned.save(save)
     if schedule_picture is not None:
-        from mpsdk.schedule import simulate
+        from mpsdk.report.plan_table import plan_timeline
         from mpsdk.schedule.draw import draw
 
-        draw(simulate(planned.schedule), schedule_picture)
+        draw(plan_timeline(planned), schedule_picture)
 
 
 @app.command()
