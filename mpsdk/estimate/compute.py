@@ -82,14 +82,16 @@ def _again(account: Account, linear: float, attention: float, *, blocks: int) ->
 
 
 def timeline_of(plan: Plan, stages: Sequence[StageCompute]) -> Timeline:
-    """One pass over the microbatches when an action takes as long as it has FLOPs, and messages nothing."""
+    """One pass over the microbatches as it should run: an action takes as long as it has FLOPs, messages nothing. A
+    forward of the average stage takes 1."""
+    unit = sum(stage.forward for stage in stages) / len(stages)
     return simulate(
         plan.schedule,
         Costs(
-            forward=[cost.forward for cost in stages],
-            backward=[cost.backward for cost in stages],
+            forward=[stage.forward / unit for stage in stages],
+            backward=[stage.backward / unit for stage in stages],
             # What is computed again, and all of attention's backward, is for the gradient of the input.
-            backward_input=[cost.linear + 2 * cost.attention + cost.again for cost in stages],
-            backward_weight=[cost.linear for cost in stages],
+            backward_input=[(stage.linear + 2 * stage.attention + stage.again) / unit for stage in stages],
+            backward_weight=[stage.linear / unit for stage in stages],
         ),
     )

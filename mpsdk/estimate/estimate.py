@@ -132,7 +132,7 @@ class Estimate:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """One pass over the microbatches in units of FLOPs, messages left out."""
+        """One pass over the microbatches by FLOPs, messages left out; a forward of the average stage takes 1."""
         return timeline_of(self.plan, self.compute)
 
     @property

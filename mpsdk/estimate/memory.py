@@ -32,11 +32,11 @@ INPUTS = "inputs"  # ids and labels of a step, tables of rotary positions
 # Moments of a step. One of them is a rank's peak.
 BETWEEN = "between steps"
 LOSS = "loss"
-HEAD = "backward of the head"
-FIRST = "backward of the first block"  # the first in the order of the backward, when nothing has been let go
-SECOND = "backward of the second block"
-REDUCE = "reduction of a block's gradients"
-LAST = "backward of the last block"
+HEAD = "head backward"
+FIRST = "first backward"  # of the block that comes first in the backward, when most is kept
+SECOND = "second backward"  # of the next, while gradients of the first are reduced
+REDUCE = "reduction"  # the end of the first block's backward
+LAST = "last backward"  # of the block that comes last, where no earlier backward has left gradients
 UPDATE = "update"
 
 Bytes = dict[str, int]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from mpsdk.cost import partition_costs
 from mpsdk.report.display import quantity
-from mpsdk.schedule import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
     from mpsdk.estimate import Estimate
     from mpsdk.plan import Plan
+    from mpsdk.schedule import Timeline
 
 WIDTH = 100
 
@@ -24,7 +24,8 @@ def plan_text(plan: Plan) -> str:
     from rich.text import Text
 
     facts = Table.grid(padding=(0, 2, 0, 0))
-    for name, value in _facts(plan):
+    estimate = plan.estimate()
+    for name, value in _facts(plan, estimate):
         facts.add_row(name, Text(value))
 
     def table(names: Sequence[str], rows: Iterable[tuple[str, ...]]) -> Table:
@@ -41,13 +42,12 @@ def plan_text(plan: Plan) -> str:
     console.print()
     console.print(table(("stage", "pp rank", "blocks", "parameters", "compute"), _stages(plan)))
     console.print()
-    estimate = plan.estimate()
-    names = (f"{estimate.device} memory", "parameters", "in flight", "between steps", "peak", "which is at")
-    console.print(table(names, _memory(estimate)))
+    memory = ("parameters", "in flight", "between steps", "peak", "sent a step", "peak is at")
+    console.print(table((f"{estimate.device} bytes", *memory), _bytes(estimate)))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
+def _facts(plan: Plan, estimate: Estimate) -> Iterator[tuple[str, str]]:
     distribution, training = plan.distribution, plan.training
     model, degrees = plan.description, plan.degrees
     yield (
@@ -64,7 +64,10 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     tokens = f"{sequences} × {training.sequence_length} tokens = {plan.tokens_per_step:,} tokens"
     yield "step", f"{tokens}; {_count(training.steps, 'step')}"
-    yield "schedule", _schedule(plan)
+    yield "schedule", _schedule(plan, estimate)
+    more = estimate.hardware_flops / estimate.model_flops - 1
+    again = f", {more:.1%} more with recompute and padding" if more > 0.0005 else ""
+    yield "compute", f"{quantity(estimate.model_flops)} FLOPs a step{again}"
     if degrees.sdp > 1:
         sharding = distribution.sharded_data_parallel
         yield "sharding", f"{sharding.level} over {degrees.sdp} ranks, {sharding.prefetch} prefetched"
@@ -84,25 +87,19 @@ def _facts(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "plan", plan.hash
 
 
-def _schedule(plan: Plan) -> str:
+def _schedule(plan: Plan, estimate: Estimate) -> str:
     pipeline = plan.distribution.pipeline
     microbatches = _count(plan.microbatches, "microbatch", "es")
     if plan.degrees.pp == 1:
         return f"{microbatches}, one after another"
     virtual = f", {pipeline.virtual_stages} virtual stages a rank" if pipeline.virtual_stages > 1 else ""
-    bubble = plan_timeline(plan).bubble_fraction
+    bubble = estimate.timeline.bubble_fraction
     return f"{pipeline.schedule}{virtual}, {microbatches}, bubble {bubble:.1%} (messages left out)"
 
 
 def plan_timeline(plan: Plan) -> Timeline:
-    """One pass over the microbatches as it should run: an action takes as long as its stage has FLOPs, messages nothing.
-
-    A forward of the average stage takes 1.
-    """
-    compute = _stage_compute(plan)
-    forward = [cost * len(compute) / sum(compute) for cost in compute]
-    backward = [2 * cost for cost in forward]
-    return simulate(plan.schedule, Costs(forward, backward, backward_input=forward, backward_weight=forward))
+    """One pass over the microbatches as it should run; see `mpsdk.estimate.Estimate.timeline`."""
+    return plan.estimate().timeline
 
 
 def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -117,9 +114,9 @@ def _stages(plan: Plan) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _memory(estimate: Estimate) -> Iterator[tuple[str, ...]]:
+def _bytes(estimate: Estimate) -> Iterator[tuple[str, ...]]:
     """Of each rank, by pipeline rank, and by shard where shards differ."""
-    for memory in estimate.memory:
+    for memory, messages in zip(estimate.memory, estimate.messages, strict=True):
         first, stop = memory.sdp
         part = "" if stop - first == estimate.plan.degrees.sdp else f", sdp {first}-{stop - 1}"
         yield (
@@ -128,6 +125,7 @@ def _memory(estimate: Estimate) -> Iterator[tuple[str, ...]]:
             str(memory.in_flight),
             f"{quantity(memory.between_steps)}B",
             f"{quantity(memory.peak)}B",
+            f"{quantity(messages.wire)}B",
             memory.peak_at,
         )
 
