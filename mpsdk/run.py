@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import sys
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -209,8 +211,8 @@ class Background:
     def __init__(self, work: Callable[[Callable[[], bool]], None]) -> None:
         self._stop, self._done = threading.Event(), threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._do, args=(work,), name="mpsdk run")
-        self._thread.start()
+        atexit.register(self._outlast_the_program)
+        threading.Thread(target=self._do, args=(work,), name="mpsdk run", daemon=True).start()
 
     def join(self) -> None:
         """Return when the work is done; raises the error that ended it. On Ctrl-C the work is asked to stop."""
@@ -219,13 +221,22 @@ class Background:
             # and the program would leave without it.
             self._done.wait()
         except KeyboardInterrupt:
-            self._stop.set()
-            print(
-                "\ninterrupted; the run stops at one of its next logging steps, with a checkpoint", flush=True
-            )
+            self._ask_to_stop()
             raise
         if self._error is not None:
             raise self._error
+
+    def _outlast_the_program(self) -> None:
+        """At the program's end, wait for the work; a program that Ctrl-C ended, wherever it was, stops it first."""
+        if getattr(sys, "last_type", None) is KeyboardInterrupt and not self._done.is_set():
+            self._ask_to_stop()
+        self._done.wait()
+
+    def _ask_to_stop(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            text = "\ninterrupted; the run stops at one of its next logging steps, with a checkpoint"
+            print(text, flush=True)
 
     def _do(self, work: Callable[[Callable[[], bool]], None]) -> None:
         try:
@@ -234,6 +245,7 @@ class Background:
             self._error = error
         finally:
             self._done.set()
+            atexit.unregister(self._outlast_the_program)
 
 
 def draw_pictures(run: Run) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -325,6 +326,12 @@ def main() -> None:
         raise SystemExit("usage: python -m mpsdk.worker JOBFILE")
     path = os.fspath(sys.argv[1])
     guard(lambda place: work_as_process(WorkOrder.load(path), place))
+    # All work is done and on disk. Frameworks' own threads sometimes abort a process that tears itself down (gloo:
+    # "terminate called without an active exception"), which would turn a finished run into a failed one.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,7 @@ def test_a_script_is_refused_with_what_would_do(mpsdk: Mpsdk) -> None:
     assert outcome.code == 2 and "training scripts of your own can't be run yet" in outcome.err
 
 
+@pytest.mark.usefixtures("on_fake_backend")
 def test_a_failed_run_ends_with_1_and_the_root_cause(mpsdk: Mpsdk, tmp_path: Path, job: Path) -> None:
     diverging = {**TRAINING, "learning_rate": 1e30, "log_every": 1, "steps": 50}
     outcome = mpsdk("run", job_in(tmp_path, training=diverging))
