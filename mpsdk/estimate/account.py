@@ -8,9 +8,11 @@ from typing import Literal
 
 from mpsdk.estimate.frameworks import Attention, Device, Level, attention_kernel, framework_of
 from mpsdk.estimate.sizes import COMPUTE_BYTES, FP32, sizes_of
-from mpsdk.estimate.states import ShareClass, Unit, shard_elements, share_classes, stage_units
+from mpsdk.estimate.states import ShareClass, Unit, UnitKind, shard_elements, share_classes, stage_units
 from mpsdk.plan import Plan
 from mpsdk.schedule import Kind
+
+ENDS = "embedding and head"
 
 
 class Account:
@@ -107,10 +109,9 @@ class Account:
         """Elements of this rank's stages before sharded data parallelism."""
         return sum(unit.elements for unit in self.all_units)
 
-    @cached_property
-    def largest_unit(self) -> int:
-        """Elements of the largest unit, as collectives carry it."""
-        return max(unit.padded(self.degree) for unit in self.all_units)
+    def largest(self, *kinds: UnitKind) -> int:
+        """Elements of the largest unit of these kinds, as collectives carry it; 0 if there is none here."""
+        return max((unit.padded(self.degree) for unit in self.all_units if unit.kind in kinds), default=0)
 
     @property
     def copies(self) -> bool:
@@ -130,11 +131,11 @@ class Account:
         if not (self.copies and self.reduces_each):
             return 0
         if len(self.stages) > 1:  # whichever stage had its backward before
-            return FP32 * self.largest_unit
+            return FP32 * self.largest("embedding", "block", "head")
+        if unit == "head" and self.largest("head"):
+            return FP32 * self.largest("head")
         if unit == "block":
-            return FP32 * max(u.padded(self.degree) for u in self.all_units if u.is_block)
-        if unit == "head" and not self.all_units[0].joins_ends:  # with the embedding it is reduced last
-            return FP32 * self.all_units[-1].padded(self.degree)
+            return FP32 * self.largest("block")
         return FP32 * self.all_units[0].padded(self.degree) if self.backwards > 1 else 0
 
     def gathered(self, ahead: int) -> int:
@@ -144,10 +145,8 @@ class Account:
         if self.sharding.gathers == "stage":
             return self.compute * sum(unit.padded(self.degree) for unit in self.all_units)
         # Embedding and head in one unit are whole as long as either is needed: all the time.
-        always = sum(unit.padded(self.degree) for unit in self.all_units if unit.joins_ends)
-        passing = [
-            [u.padded(self.degree) for u in units if not u.joins_ends] for units in self.units.values()
-        ]
+        always = sum(unit.padded(self.degree) for unit in self.all_units if unit.kind == ENDS)
+        passing = [[u.padded(self.degree) for u in units if u.kind != ENDS] for units in self.units.values()]
         windows = (sum(stage[at : at + 1 + ahead]) for stage in passing for at in range(len(stage)))
         return self.compute * (always + max(windows))
 
@@ -161,7 +160,7 @@ class Account:
         units = self.units[stage]
         if self.sharding.gathers != "block" or not self.framework.prefetches_by_past_order or len(units) == 1:
             return 0
-        if units[0].joins_ends:
+        if units[0].kind == ENDS:
             return 0  # the last unit is the embedding's too, and whole until its backward, the last of all
         return 1 if self.plan.training.accumulation > 1 or self._empties(stage) else 0
 

@@ -8,8 +8,9 @@ all-gather, (n-1)/n for a reduce-scatter, 2(n-1)/n for an all-reduce, one for a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mpsdk.estimate.account import Account
@@ -61,7 +62,11 @@ def messages_of(account: Account, share: ShareClass) -> tuple[Message, ...]:
     found += _sharded(account)
     found += _update(account, share)
     found += _scalars(account)
-    return tuple(message for message in found if message.ranks > 1 and message.count and message.bytes)
+    alike: Counter[Message] = Counter()
+    for message in found:
+        if message.ranks > 1 and message.bytes:
+            alike[replace(message, count=0)] += message.count
+    return tuple(replace(message, count=count) for message, count in alike.items() if count)
 
 
 def _tensor_parallel(account: Account, sizes: Sizes) -> Iterator[Message]:
@@ -108,14 +113,14 @@ def _sharded(account: Account) -> Iterator[Message]:
             if (
                 sharding.gathers == "block"
             ):  # in forwards and backwards, but a lookup's gradient needs no weights
-                gathers = account.backwards * (1 if unit.is_embedding else 2)
+                gathers = account.backwards * (1 if unit.kind == "embedding" else 2)
                 gathers += account.gathers_in_vain(stage) if number == len(units) - 1 else 0
             part = unit.padded(n) // n
-            yield Message(("sdp",), "all-gather", f"weights of {unit.name}", n, part * dtype, gathers)
+            yield Message(("sdp",), "all-gather", f"weights of {unit.kind}", n, part * dtype, gathers)
             yield Message(
-                ("sdp",), "reduce-scatter", f"gradients of {unit.name}", n, part * n * FP32, reductions
+                ("sdp",), "reduce-scatter", f"gradients of {unit.kind}", n, part * n * FP32, reductions
             )
-            yield Message(("dp",), "all-reduce", f"gradients of {unit.name}", replicas, part * FP32, 1)
+            yield Message(("dp",), "all-reduce", f"gradients of {unit.kind}", replicas, part * FP32, 1)
 
 
 def _update(account: Account, share: ShareClass) -> Iterator[Message]:

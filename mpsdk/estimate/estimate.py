@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpsdk.cost import forward_flops
 from mpsdk.estimate.account import Account
-from mpsdk.estimate.communication import Message, messages_of
+from mpsdk.estimate.communication import Axes, Collective, Message, messages_of
 from mpsdk.estimate.compute import StageCompute, stage_compute, timeline_of
 from mpsdk.estimate.frameworks import Device
 from mpsdk.estimate.memory import RankMemory, memory_of
@@ -44,6 +44,14 @@ class Fit:
         )
 
 
+class Total(NamedTuple):
+    """Messages of a step, their payloads and what a ring sends of them, in bytes."""
+
+    count: int
+    payload: int
+    wire: int
+
+
 @dataclass(frozen=True)
 class RankMessages:
     """What the ranks at pipeline coordinate `pp` and sdp coordinates [start, stop) hand to collectives and sends."""
@@ -55,6 +63,15 @@ class RankMessages:
     def of_step(self) -> tuple[Message, ...]:
         """Without those that only a report takes."""
         return tuple(message for message in self.messages if message.every == "step")
+
+    def totals(self) -> dict[tuple[Axes, Collective], Total]:
+        """The messages of a step by axes and collective."""
+        found: dict[tuple[Axes, Collective], Total] = {}
+        for message in self.of_step():
+            key = message.axes, message.collective
+            count, payload, wire = found.get(key, Total(0, 0, 0))
+            found[key] = Total(count + message.count, payload + message.payload, wire + message.wire)
+        return found
 
     @property
     def payload(self) -> int:

@@ -35,7 +35,7 @@ LOSS = "loss"
 HEAD = "head backward"
 FIRST = "first backward"  # of the block that comes first in the backward, when most is kept
 SECOND = "second backward"  # of the next, while gradients of the first are reduced
-REDUCE = "reduction"  # the end of the first block's backward
+REDUCE = "reduction"  # of the gradients of a block, the embedding or the head
 LAST = "last backward"  # of the block that comes last, where no earlier backward has left gradients
 UPDATE = "update"
 
@@ -139,36 +139,49 @@ def _pass(account: Account, share: ShareClass, state: Bytes) -> dict[str, Bytes]
         return {FIRST: common}
     kept = {stage: sum(_kept(account, sizes, stage).values()) for stage in account.stages}
     activations = account.most_in_flight(kept, _put_off(account, sizes, gated=spec.gated))
-    messages = _messages(account, sizes)
+    head = sum(head_kept(spec, sizes, kernels).values()) if account.has_last else 0
+    block = sum(recompute_kept(spec, sizes, kernels, account.recompute).values())
     found: dict[str, Bytes] = {}
     if account.has_last:
-        # Weights that are gathered block by block have been let go before the loss.
-        gathered = common[GATHERED] if account.sharding.gathers == "stage" else 0
-        buffers = {BUFFERS: messages + account.reducing("earlier")}
-        found[LOSS] = common | {
-            ACTIVATIONS: activations,
-            GATHERED: gathered,
-            WORKSPACE: loss_workspace(sizes),
-        }
-        found[HEAD] = common | {ACTIVATIONS: activations, WORKSPACE: head_workspace(sizes)}
-        found |= {moment: found[moment] | buffers for moment in (LOSS, HEAD)}
-        activations -= sum(head_kept(spec, sizes, kernels).values())
-    block = sum(recompute_kept(spec, sizes, kernels, account.recompute).values())
+        whole = {ACTIVATIONS: activations, BUFFERS: account.reducing("earlier")}
+        found[LOSS] = common | whole | {WORKSPACE: loss_workspace(sizes)}
+        if account.sharding.gathers == "block":  # weights have been let go before the loss
+            found[LOSS] |= {GATHERED: 0}
+        found[HEAD] = common | whole | {WORKSPACE: head_workspace(sizes)}
     workspace = {WORKSPACE: block_workspace(spec, sizes, kernels, account.recompute)}
-    before = {BUFFERS: messages + account.reducing("head" if account.has_last else "earlier")}
-    between = {BUFFERS: messages + account.reducing("block")}
-    found[FIRST] = common | {ACTIVATIONS: activations} | workspace | before
-    found[SECOND] = common | {ACTIVATIONS: activations - block} | workspace | between
+    before = {BUFFERS: account.reducing("head" if account.has_last else "earlier")}
+    between = {BUFFERS: account.reducing("block")}
+    found[FIRST] = common | {ACTIVATIONS: activations - head} | workspace | before
+    found[SECOND] = common | {ACTIVATIONS: activations - head - block} | workspace | between
     if account.copies:
-        unit = account.largest_unit
-        found[REDUCE] = common | {
-            ACTIVATIONS: (activations if account.reduces_each else max(kept.values())) - block,
-            WORKSPACE: account.compute * unit if account.reduces_each else 0,
-            BUFFERS: messages + FP32 * (unit + unit // account.degree),
-        }
+        one = max(kept.values())
+        found[REDUCE] = common | _reduction(account, in_flight=activations, one=one, head=head, block=block)
     if not many:
         found[LAST] = common | {GRADIENTS: gradients, ACTIVATIONS: block} | workspace | between
-    return found
+    messages = _messages(account, sizes)
+    return {moment: held | {BUFFERS: held[BUFFERS] + messages} for moment, held in found.items()}
+
+
+def _reduction(account: Account, *, in_flight: int, one: int, head: int, block: int) -> Bytes:
+    """The fullest of the moments in which the gradients of a unit have been made and are to be reduced.
+
+    Args:
+        in_flight: bytes that all microbatches in flight keep.
+        one: what one of them keeps; `head` and `block`: of that, what the head keeps, and one block.
+    """
+    each = account.reduces_each
+    most = in_flight if each else one  # the last backward of a step has only its own microbatch left
+    left = {  # when the unit's own activations and those after it have been let go
+        account.largest("head"): most - head,
+        account.largest("block"): most - head - block,
+        account.largest("embedding", "embedding and head"): most - one,
+    }
+    unit = max(left, key=lambda unit: unit * (account.compute + FP32) + left[unit])
+    return {
+        ACTIVATIONS: left[unit],
+        WORKSPACE: account.compute * unit if each else 0,  # else among the gradients already
+        BUFFERS: FP32 * (unit + unit // account.degree),
+    }
 
 
 def _put_off(account: Account, sizes: Sizes, *, gated: bool) -> dict[int, int]:

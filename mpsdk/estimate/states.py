@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mpsdk.config import Training
-from mpsdk.plan import Plan
+from mpsdk.plan import LocalTensor, Plan
 
 # Tensors of the size of a parameter that an optimizer keeps (Kingma and Ba 2014, arXiv:1412.6980: two moments).
 _MOMENTS = {"adamw": 2, "sgd": 1}
@@ -26,20 +26,19 @@ def moments(training: Training) -> int:
     return _MOMENTS[training.optimizer]
 
 
-BLOCK = "block "
-BOTH_ENDS = "embedding and head"  # one unit, when they are tied on one rank
+UnitKind = Literal["embedding", "block", "head", "embedding and head"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered and reduced together: a block, the embedding, the head, or both when they are tied
-    on one rank.
+    """Parameters that are gathered and reduced together: a block, the embedding, the head, or the last two when they are
+    tied on one stage.
 
     `shapes`: what a tensor-parallel rank has of each, before sharded data parallelism. `replicated` says of each whether
     tensor parallelism leaves it whole, `tied` whether another stage holds a copy.
     """
 
-    name: str
+    kind: UnitKind
     shapes: tuple[tuple[int, ...], ...]
     replicated: tuple[bool, ...]
     tied: tuple[bool, ...]
@@ -47,19 +46,6 @@ class Unit:
     @property
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes))
-
-    @property
-    def is_embedding(self) -> bool:
-        return self.name == "embedding"
-
-    @property
-    def joins_ends(self) -> bool:
-        """Whether it is embedding and head in one."""
-        return self.name == BOTH_ENDS
-
-    @property
-    def is_block(self) -> bool:
-        return self.name.startswith(BLOCK)
 
     def shard(self, sdp: int, degree: int) -> int:
         """Elements at coordinate `sdp` of `degree`."""
@@ -88,21 +74,21 @@ def shard_elements(shape: tuple[int, ...], sdp: int, degree: int) -> int:
 
 def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
     """The units of `stage` in the order of its forward."""
-    groups: dict[str, list[int]] = {}
-    tensors = plan.stage_tensors(stage, 0)
-    tied_here = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
-    for number, held in enumerate(tensors):
-        part = held.tensor.part
-        name = f"{BLOCK}{held.tensor.block}" if part == "block" else BOTH_ENDS if tied_here else part
-        groups.setdefault(name, []).append(number)
+    ends_joined = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
+    groups: dict[tuple[UnitKind, int | None], list[LocalTensor]] = {}
+    for held in plan.stage_tensors(stage, 0):
+        kind: UnitKind = held.tensor.part
+        if ends_joined and kind != "block":
+            kind = "embedding and head"
+        groups.setdefault((kind, held.tensor.block), []).append(held)
     return tuple(
         Unit(
-            name=name,
-            shapes=tuple(tensors[number].shape for number in numbers),
-            replicated=tuple(tensors[number].tensor.cut_dimension is None for number in numbers),
-            tied=tuple(tensors[number].tied for number in numbers),
+            kind=kind,
+            shapes=tuple(held.shape for held in group),
+            replicated=tuple(held.tensor.cut_dimension is None for held in group),
+            tied=tuple(held.tied for held in group),
         )
-        for name, numbers in groups.items()
+        for (kind, _), group in groups.items()
     )
 
 

@@ -230,6 +230,15 @@ def test_what_a_ring_sends() -> None:
     assert replace(message, collective="send").wire == 3000
 
 
+def test_totals_are_by_axes_and_collective() -> None:
+    layout = {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2, "tensor_parallel": 2}
+    messages = estimate(plan_of(GPT2, 8, layout)).messages_of(0)
+    totals = messages.totals()
+    assert totals[("pp",), "send"].count == 4
+    assert sum(total.payload for total in totals.values()) == messages.payload
+    assert sum(total.wire for total in totals.values()) == messages.wire
+
+
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
     """So sequence parallelism sends no more bytes in a step without recompute (Korthikanti et al. 2022, section 4.2.2)."""
 
