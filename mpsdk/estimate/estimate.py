@@ -47,7 +47,7 @@ class Fit:
 class Total(NamedTuple):
     """Messages of a step, their payloads and what a ring sends of them, in bytes."""
 
-    count: int
+    messages: int
     payload: int
     wire: int
 
@@ -69,8 +69,8 @@ class RankMessages:
         found: dict[tuple[Axes, Collective], Total] = {}
         for message in self.of_step():
             key = message.axes, message.collective
-            count, payload, wire = found.get(key, Total(0, 0, 0))
-            found[key] = Total(count + message.count, payload + message.payload, wire + message.wire)
+            sent, payload, wire = found.get(key, Total(0, 0, 0))
+            found[key] = Total(sent + message.count, payload + message.payload, wire + message.wire)
         return found
 
     @property

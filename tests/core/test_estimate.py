@@ -234,7 +234,7 @@ def test_totals_are_by_axes_and_collective() -> None:
     layout = {"pipeline": {"degree": 2, "microbatches": 4}, "sharded_data_parallel": 2, "tensor_parallel": 2}
     messages = estimate(plan_of(GPT2, 8, layout)).messages_of(0)
     totals = messages.totals()
-    assert totals[("pp",), "send"].count == 4
+    assert totals[("pp",), "send"].messages == 4
     assert sum(total.payload for total in totals.values()) == messages.payload
     assert sum(total.wire for total in totals.values()) == messages.wire
 
