@@ -46,7 +46,16 @@ def lint(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The neutral core, where no framework is installed."""
     session.install("-q", *PINNED, "-e", ".[test]")
-    options = ("-n", "2", "--dist", "loadgroup", "--cov=mpsdk", "--cov-report=term", "-m", "not long and not hf")
+    options = (
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        "--cov=mpsdk",
+        "--cov-report=term",
+        "-m",
+        "not long and not hf",
+    )
     session.run("pytest", "tests/core", *options, *session.posargs, env=QUIET)
 
 

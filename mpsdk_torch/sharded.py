@@ -78,13 +78,17 @@ class ShardedReduction:
     def after_weight_gradients(self, stage: int, *, last: bool) -> None:
         if stage not in self._stages:
             return
-        self.before_backward(stage, last=last, complete=True)
         # There is no public call for a reduction outside of a backward. These are the ones that torch's own pipeline stages
         # make (torch/distributed/pipelining/stage.py, perform_reduce_grad).
         state: Any = fully_shard.state(self._stages[stage])  # pyright: ignore[reportFunctionMemberAccess]
-        for unit in state._state_ctx.all_states:
-            for group in unit._fsdp_param_groups:
-                group.post_backward()
+        groups = [group for unit in state._state_ctx.all_states for group in unit._fsdp_param_groups]
+        # First without reducing: that takes the new gradients over into fp32, where those of the backward are already.
+        self.before_backward(stage, last=last, complete=False)
+        for group in groups:
+            group.post_backward()
+        self.before_backward(stage, last=last, complete=True)
+        for group in groups:
+            group.post_backward()
         state._root_post_backward_final_callback()
 
 

@@ -14,7 +14,9 @@ from tests.torch.test_parity import LAYOUTS, reference
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2"])
+@pytest.mark.parametrize(
+    "layout", ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2", "pp2-sdp2-zb-h1", "pp2-sdp2-zb-v"]
+)
 def test_mixed_precision_follows_fp32_to_its_own_rounding(pool: WorkerPool, layout: str, mode: str) -> None:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     plan = make_plan("gpt2", world_size, distribution | {"precision": mode})
