@@ -293,9 +293,9 @@ from mpsdk import Estimator
 from mpsdk.report.callbacks import Callback
 class Interrupt(Callback):
     def on_log(self, row):
-        if row["step"] == 2:
+        if row["step"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
-training = {{**{TRAINING!r}, "steps": 100000, "log_every": 1}}
+training = {{**{TRAINING!r}, "steps": 10**9, "log_every": 500}}
 Estimator(
     {MODEL!r}, framework="fake", training=training, callbacks=[Interrupt()], output_dir={str(tmp_path / "run")!r}
 ).fit({corpus!r}, wait=False).wait()
