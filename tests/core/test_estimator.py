@@ -289,6 +289,7 @@ def test_a_wait_that_is_interrupted_stops_the_run_with_a_checkpoint(tmp_path: Pa
     script.write_text(
         f"""
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 from mpsdk import Estimator
 from mpsdk.report.callbacks import Callback
 class Interrupt(Callback):

@@ -17,7 +17,8 @@ from tests.launch.scripts import ROOT, worker_command
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 
 _LAUNCHER = """\
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 sys.path.insert(0, {root!r})
 from mpsdk.launch import LocalLauncher
 
