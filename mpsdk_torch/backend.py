@@ -23,7 +23,6 @@ from mpsdk_torch.topology import Groups, join, make_groups
 
 @dataclass(frozen=True)
 class _Built:
-    plan: Plan
     groups: Groups
     optimizer: ShardedOptimizer
     trainer: Trainer
@@ -49,7 +48,7 @@ class TorchBackend:
         held = held_parameters(plan, stages, tp=groups.coordinates.tp, sdp=groups.coordinates.sdp)
         loss_scale = LossScale(plan.distribution.precision, device)
         optimizer = ShardedOptimizer(held, plan.training, groups, loss_scale)
-        self._built = _Built(plan, groups, optimizer, Trainer(plan, place, groups, stages, optimizer))
+        self._built = _Built(groups, optimizer, Trainer(plan, place, groups, stages, optimizer))
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
         return self._ready.trainer.step(batch, step=step, learning_rate=learning_rate)

@@ -3,12 +3,15 @@
 The conjugate pairs are those of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, figure 3) and of its sequence
 parallelism (Korthikanti et al. 2022, arXiv:2205.05198, figure 5): each forward's collective has the other as backward.
 
-| function            | forward                      | backward                     |
-|---------------------|------------------------------|------------------------------|
-| `copy_to_group`     | identity                     | all-reduce                   |
-| `reduce_from_group` | all-reduce                   | identity                     |
-| `gather_sequence`   | all-gather, dimension 1      | reduce-scatter, dimension 1  |
-| `scatter_sequence`  | reduce-scatter, dimension 1  | all-gather, dimension 1      |
+| function                                 | forward                      | backward                     |
+|------------------------------------------|------------------------------|------------------------------|
+| `enter_parallel`                         | identity                     | all-reduce                   |
+| `leave_parallel`                         | all-reduce                   | identity                     |
+| `enter_parallel`, under sequence parallel | all-gather, dimension 1     | reduce-scatter, dimension 1  |
+| `leave_parallel`, under sequence parallel | reduce-scatter, dimension 1 | all-gather, dimension 1      |
+
+The gathered sequence is what a cut layer keeps for its weight gradient; Korthikanti et al. keep this rank's part and gather
+it again in the backward.
 """
 
 from __future__ import annotations

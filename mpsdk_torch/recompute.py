@@ -1,7 +1,8 @@
 """Activation checkpointing: what a block keeps from its forward for its backward.
 
 `none` keeps everything; `full` keeps the block's input (on the CPU when offloaded); `selective` keeps the input and the
-results of chosen operations (Korthikanti et al. 2022, arXiv:2205.05198, keep the opposite: what is cheap to store).
+results of chosen operations, the dear ones to compute again (Korthikanti et al. 2022, arXiv:2205.05198, section 5, recompute
+attention alone instead).
 Dropout needs no saved generator state: its masks are functions of where they stand (`mpsdk_torch.dropout`).
 """
 
