@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from mpsdk.backend import Place, limits_of
+from mpsdk.arguments import (
+    callback_problems,
+    collect,
+    entry_point_problems,
+    framework_problems,
+    launcher_argument,
+    model_argument,
+)
+from mpsdk.backend import Place
 from mpsdk.config import Data, Distribution, Job, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import CheckpointError, ConfigError, Problem
@@ -33,8 +39,6 @@ if TYPE_CHECKING:
     from mpsdk.report.reporter import Reporter
 
 Model = str | os.PathLike[str] | Mapping[str, object] | TransformerSpec
-CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -88,14 +92,14 @@ class Estimator:
         hyperparameters: Mapping[str, object] | None = None,
     ) -> None:
         problems = [
-            *_entry_point_problems(model, entry_point, hyperparameters or {}),
-            *_framework_problems(framework),
-            *_callback_problems(callbacks),
+            *entry_point_problems(model, entry_point, hyperparameters or {}),
+            *framework_problems(framework),
+            *callback_problems(callbacks),
         ]
-        read = None if model is None else _collect(problems, lambda: _read_model(model))
-        spread = _collect(problems, lambda: Distribution.parse(distribution or {}))
-        how = _collect(problems, lambda: Training.parse(training or {}), prefix="training.")
-        where = _collect(problems, lambda: _launcher(launcher))
+        read = None if model is None else collect(problems, lambda: model_argument(model))
+        spread = collect(problems, lambda: Distribution.parse(distribution or {}))
+        how = collect(problems, lambda: Training.parse(training or {}), prefix="training.")
+        where = collect(problems, lambda: launcher_argument(launcher))
         if problems:
             raise ConfigError(problems, where="the estimator")
         values = {
@@ -148,7 +152,7 @@ class Estimator:
         ranks = self._world_size() if world_size is None else world_size
         if ranks < 1:
             raise ConfigError([Problem("world_size", ranks, "must be at least 1")], where="the plan")
-        plan = _collect(
+        plan = collect(
             problems,
             lambda: resolve(
                 self.distribution,
@@ -343,75 +347,3 @@ def _has_weights(directory: Path) -> bool:
     from mpsdk.families.hf import has_weights
 
     return has_weights(directory)
-
-
-def _collect(problems: list[Problem], make: Callable[[], T], *, prefix: str = "") -> T | None:
-    """What `make` gives; None, with its problems added, where it raises ConfigError."""
-    try:
-        return make()
-    except ConfigError as error:
-        own = prefix.removesuffix(".")
-        problems += [
-            Problem(p.field if p.field == own else prefix + p.field, p.got, p.remedy) for p in error.problems
-        ]
-        return None
-
-
-def _read_model(model: object) -> ReadModel:
-    """The family, configuration and spec of `model`, without its weights."""
-    families = "give a Hugging Face directory or configuration of a known family, or a TransformerSpec"
-    if isinstance(model, os.PathLike):
-        model = os.fspath(cast("os.PathLike[str]", model))
-    if isinstance(model, str) and CALLABLE.fullmatch(model) and not Path(model).exists():
-        raise _refusal("model", model, f"an importable callable can't be trained yet; {families}")
-    if not isinstance(model, (str, Mapping, TransformerSpec)):
-        kind = type(model).__name__
-        raise _refusal("model", kind, f"an object of this type can't be trained yet; {families}")
-    read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
-    try:
-        return read._replace(hf_config=json.loads(json.dumps(read.hf_config)))
-    except (TypeError, ValueError) as error:
-        raise _refusal("model", "a configuration", f"must be plain JSON data: {error}") from None
-
-
-def _launcher(launcher: object) -> Launcher:
-    if not isinstance(launcher, (str, Launcher)):
-        remedy = 'must be the name of a launcher, such as "local", or an object with world_size() and run()'
-        raise _refusal("launcher", launcher, remedy)
-    return get_launcher(launcher)
-
-
-def _refusal(field: str, got: object, remedy: str) -> ConfigError:
-    return ConfigError([Problem(field, got, remedy)])
-
-
-def _entry_point_problems(
-    model: object, entry_point: object, hyperparameters: Mapping[str, object]
-) -> list[Problem]:
-    problems: list[Problem] = []
-    if model is None and entry_point is None:
-        problems.append(Problem("model", None, "is missing; give a model"))
-    if entry_point is not None:
-        remedy = "training scripts of your own can't be run yet; give a model instead"
-        problems.append(Problem("entry_point", entry_point, remedy))
-    if hyperparameters and entry_point is None:
-        remedy = "are arguments of an entry_point; a model's training is described by training"
-        problems.append(Problem("hyperparameters", sorted(hyperparameters), remedy))
-    return problems
-
-
-def _framework_problems(framework: str) -> list[Problem]:
-    if limits_of(framework) is not None:
-        return []
-    return [Problem("framework", framework, "no backend of that name is installed")]
-
-
-def _callback_problems(callbacks: Sequence[object]) -> list[Problem]:
-    from mpsdk.report.callbacks import Callback
-
-    remedy = "must be an object of a class derived from mpsdk.report.callbacks.Callback"
-    return [
-        Problem(f"callbacks.{number}", callback, remedy)
-        for number, callback in enumerate(callbacks)
-        if not isinstance(callback, Callback)
-    ]

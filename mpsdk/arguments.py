@@ -1,0 +1,91 @@
+"""What the Estimator's arguments must be, each checked with the problem that it would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+from mpsdk.backend import limits_of
+from mpsdk.errors import ConfigError, Problem
+from mpsdk.families.read import ReadModel, read_model
+from mpsdk.families.spec import TransformerSpec
+from mpsdk.launch import Launcher, get_launcher
+
+CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+T = TypeVar("T")
+
+
+def collect(problems: list[Problem], make: Callable[[], T], *, prefix: str = "") -> T | None:
+    """What `make` gives; None, with its problems added, where it raises ConfigError."""
+    try:
+        return make()
+    except ConfigError as error:
+        own = prefix.removesuffix(".")
+        problems += [
+            Problem(p.field if p.field == own else prefix + p.field, p.got, p.remedy) for p in error.problems
+        ]
+        return None
+
+
+def model_argument(model: object) -> ReadModel:
+    """The family, configuration and spec of `model`, without its weights."""
+    families = "give a Hugging Face directory or configuration of a known family, or a TransformerSpec"
+    if isinstance(model, os.PathLike):
+        model = os.fspath(cast("os.PathLike[str]", model))
+    if isinstance(model, str) and CALLABLE.fullmatch(model) and not Path(model).exists():
+        raise _refusal("model", model, f"an importable callable can't be trained yet; {families}")
+    if not isinstance(model, (str, Mapping, TransformerSpec)):
+        kind = type(model).__name__
+        raise _refusal("model", kind, f"an object of this type can't be trained yet; {families}")
+    read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
+    try:
+        return read._replace(hf_config=json.loads(json.dumps(read.hf_config)))
+    except (TypeError, ValueError) as error:
+        raise _refusal("model", "a configuration", f"must be plain JSON data: {error}") from None
+
+
+def launcher_argument(launcher: object) -> Launcher:
+    if not isinstance(launcher, (str, Launcher)):
+        remedy = 'must be the name of a launcher, such as "local", or an object with world_size() and run()'
+        raise _refusal("launcher", launcher, remedy)
+    return get_launcher(launcher)
+
+
+def _refusal(field: str, got: object, remedy: str) -> ConfigError:
+    return ConfigError([Problem(field, got, remedy)])
+
+
+def entry_point_problems(
+    model: object, entry_point: object, hyperparameters: Mapping[str, object]
+) -> list[Problem]:
+    problems: list[Problem] = []
+    if model is None and entry_point is None:
+        problems.append(Problem("model", None, "is missing; give a model"))
+    if entry_point is not None:
+        remedy = "training scripts of your own can't be run yet; give a model instead"
+        problems.append(Problem("entry_point", entry_point, remedy))
+    if hyperparameters and entry_point is None:
+        remedy = "are arguments of an entry_point; a model's training is described by training"
+        problems.append(Problem("hyperparameters", sorted(hyperparameters), remedy))
+    return problems
+
+
+def framework_problems(framework: str) -> list[Problem]:
+    if limits_of(framework) is not None:
+        return []
+    return [Problem("framework", framework, "no backend of that name is installed")]
+
+
+def callback_problems(callbacks: Sequence[object]) -> list[Problem]:
+    from mpsdk.report.callbacks import Callback
+
+    remedy = "must be an object of a class derived from mpsdk.report.callbacks.Callback"
+    return [
+        Problem(f"callbacks.{number}", callback, remedy)
+        for number, callback in enumerate(callbacks)
+        if not isinstance(callback, Callback)
+    ]
