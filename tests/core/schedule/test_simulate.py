@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpsdk.errors import ScheduleError
-from mpsdk.schedule import Action, Costs, Kind, Schedule, generate, simulate, validate
+from mpsdk.schedule import SENDS, Action, Costs, Schedule, generate, simulate, validate
 from mpsdk.schedule.communication import receive_for, send_after
-from tests.core.schedule.cases import schedules
+from tests.core.schedule.cases import evaluation_of, schedules
 
 
 def ends_by_definition(schedule, costs):
@@ -62,6 +62,21 @@ def test_times_are_the_earliest_that_dependencies_allow(schedule, data):
         assert busy + bubble == timeline.makespan
 
 
+@settings(max_examples=60, deadline=None)
+@given(schedules(), st.booleans(), st.data())
+def test_late_messages_make_every_action_later_and_hold_none_up_for_ever(schedule, trains, data):
+    """Each stage's messages take a time of their own, up to a thousand forwards."""
+    schedule = schedule if trains else evaluation_of(schedule)
+    times = st.lists(st.integers(0, 1000), min_size=schedule.stages, max_size=schedule.stages)
+    delays = data.draw(times)
+    prompt, late = (simulate(schedule, Costs(communication=delay)) for delay in (0, delays))
+    for before, after in zip(prompt.spans, late.spans, strict=True):
+        assert [span.action for span in after] == [span.action for span in before]
+        assert all(theirs.end <= ours.end for theirs, ours in zip(before, after, strict=True))
+    sent = (action for row in schedule.actions for action in row if action.kind in SENDS)
+    assert late.makespan <= prompt.makespan + sum(delays[action.stage] for action in sent)
+
+
 @settings(max_examples=40, deadline=None)
 @given(schedules(lookahead=st.just(0)), st.integers(1, 9))
 def test_posting_receives_earlier_changes_no_time(schedule, communication):
@@ -101,15 +116,22 @@ def test_a_step_of_nothing_has_no_bubble():
     assert simulate(generate("1f1b", 2, 2), Costs(0, 0)).bubble_fraction == 0
 
 
-@pytest.mark.parametrize(("name", "virtual_stages"), [("1f1b", 1), ("zb-h1", 1)])
-def test_64_stages_and_1024_microbatches_take_seconds(name, virtual_stages):
+@pytest.mark.parametrize(
+    ("name", "degree", "virtual_stages", "makespan"),
+    [
+        ("gpipe", 64, 1, (1024 + 63) * 3),
+        ("1f1b", 64, 1, (1024 + 63) * 3),
+        ("interleaved", 16, 4, (4 * 1024 + 15) * 3),
+        ("zb-h1", 64, 1, 1024 * 3 + 63),
+        ("zb-v", 32, 2, 1024 * 6 + 31),
+    ],
+)
+def test_64_stages_and_1024_microbatches_take_seconds(name, degree, virtual_stages, makespan):
     start = time.process_time()
-    schedule = generate(name, 64, 1024, virtual_stages)
+    schedule = generate(name, degree, 1024, virtual_stages)
     validate(schedule)
     timeline = simulate(schedule, Costs(1, 2, 1, 1))
     assert time.process_time() - start < 15  # about 2 on an idle core
-    assert timeline.makespan == (1024 + 63) * 3 if name == "1f1b" else 1024 * 3 + 63
-    assert sum(len(row) for row in timeline.spans) == 64 * 1024 * len(
-        {span.action.kind for span in timeline.spans[0]}
-    )
-    assert Kind.FORWARD in {span.action.kind for span in timeline.spans[0]}
+    assert schedule.stages == 64 and timeline.makespan == makespan
+    parts = 3 if schedule.splits_backward else 2
+    assert sum(map(len, timeline.spans)) == parts * 64 * 1024
