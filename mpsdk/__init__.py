@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpsdk.config import Distribution, Training
     from mpsdk.estimator import Estimator
+    from mpsdk.report.compare import compare
     from mpsdk.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Distribution", "Estimator", "Run", "Training", "__version__"]
+__all__ = ["Distribution", "Estimator", "Run", "Training", "__version__", "compare"]
 
 _HOME = {
     "Distribution": "mpsdk.config",
     "Estimator": "mpsdk.estimator",
     "Run": "mpsdk.run",
     "Training": "mpsdk.config",
+    "compare": "mpsdk.report.compare",
 }
 
 

@@ -19,6 +19,7 @@ from mpsdk.errors import CheckpointError, ConfigError, MpsdkError, Problem
 
 if TYPE_CHECKING:
     from mpsdk.checkpoint import Checkpoint, Summary
+    from mpsdk.estimator import Estimator
 
 WRONG_CONFIGURATION = 2  # the exit code, which is also that of a wrong option
 FAILED = 1
@@ -104,12 +105,33 @@ def plan(
     schedule_picture: Annotated[
         Path | None, typer.Option(help="Draw the pipeline schedule there, as SVG or PNG.", callback=_picture)
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What the ranks run on: a100, h100, h200, laptop, or a file of measured figures. Adds whether the plan "
+            "fits and how long a step takes. gpu or cpu: the kind only; by default the kind that is here.",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A distribution file in place of the job's own, or another job file, to put beside it. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show what a job comes to. Starts no process and imports no framework."""
     from mpsdk.estimator import Estimator
+    from mpsdk.report.plan_table import plan_text
 
-    planned = Estimator.from_file(job).plan(world_size=world_size)
-    print(planned.to_json() if as_json else planned)
+    estimator = Estimator.from_file(job)
+    if compare:
+        _compare(job, estimator, compare, world_size, device, as_json)
+        return
+    planned = estimator.plan(world_size=world_size)
+    print(planned.to_json() if as_json else plan_text(planned, device or estimator.device(world_size)))
     if save is not None:
         planned.save(save)
     if schedule_picture is not None:
@@ -117,6 +139,31 @@ def plan(
         from mpsdk.schedule.draw import draw
 
         draw(plan_timeline(planned), schedule_picture)
+
+
+def _compare(
+    job: str,
+    estimator: Estimator,
+    files: Sequence[str],
+    world_size: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from mpsdk.config.files import read_file
+    from mpsdk.estimator import Estimator
+    from mpsdk.report.compare import compare
+
+    def layout(file: str) -> Estimator | str:
+        """A job file says which model; a distribution file doesn't."""
+        content = read_file(file, root="compare").content
+        return Estimator.from_file(file) if isinstance(content, dict) and "model" in content else file
+
+    names = [Path(job).stem, *(Path(file).stem for file in files)]
+    if len({*names}) < len(names):
+        names = [job, *files]
+    others = {name: layout(file) for name, file in zip(names[1:], files, strict=True)}
+    found = compare(estimator, others, world_size=world_size, device=device, name=names[0])
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
 
 
 @app.command()

@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mpsdk.arguments import (
     callback_problems,
@@ -26,8 +27,8 @@ from mpsdk.families.describe import describe_spec
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.inputs import Inputs, Preparation, read_inputs, tokenizer_problems
-from mpsdk.launch import Launcher, get_launcher, place_from_environment
-from mpsdk.launch.local import alone_in
+from mpsdk.launch import Launcher, LocalLauncher, get_launcher, place_from_environment
+from mpsdk.launch.local import alone_in, visible_gpus
 from mpsdk.plan import Plan
 from mpsdk.resolve import resolve
 from mpsdk.resume import AUTO, expected_checkpoint
@@ -137,6 +138,18 @@ class Estimator:
         object.__setattr__(estimator, "_job", job)
         return estimator
 
+    def with_distribution(
+        self, distribution: Distribution | Mapping[str, object] | str | os.PathLike[str]
+    ) -> Estimator:
+        """The same job, spread another way. Raises ConfigError listing every problem."""
+        problems: list[Problem] = []
+        spread = collect(problems, lambda: Distribution.parse(distribution))
+        if problems:
+            raise ConfigError(problems, where="the distribution")
+        other = copy(self)
+        object.__setattr__(other, "distribution", spread)
+        return other
+
     # -- plan -------------------------------------------------------------------------------------------------------
 
     def plan(self, world_size: int | None = None) -> Plan:
@@ -170,6 +183,16 @@ class Estimator:
     def _world_size(self) -> int:
         place = place_from_environment()
         return place.world_size if place else self.launcher.world_size(self.distribution.stated_degree)
+
+    def device(self, world_size: int | None = None) -> Literal["gpu", "cpu"]:
+        """The kind of device that `world_size` ranks would run on, as far as can be known here.
+
+        "cpu" where the ranks would run on this machine, or do so already, and it has no GPU; else "gpu".
+        """
+        here = place_from_environment() is not None or isinstance(self.launcher, LocalLauncher)
+        if not here or (world_size is not None and world_size != self._world_size()):
+            return "gpu"
+        return "gpu" if visible_gpus() else "cpu"
 
     @property
     def _description(self) -> ModelDescription:
@@ -275,8 +298,10 @@ class Estimator:
 
     def _announced(self, order: WorkOrder, inputs: Inputs) -> WorkOrder:
         """`order` with its data, which may take a while to prepare; prints the plan before, and how much there is after."""
+        from mpsdk.report.plan_table import plan_text
+
         plan = order.plan
-        print(plan, end="\n\n", flush=True)
+        print(plan_text(plan, self.device(plan.world_size)), end="\n\n", flush=True)
         preparation = Preparation(
             self.training, order.model_directory, plan.description.vocab_size, self.output_dir / DATA_CACHE
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from mpsdk.schedule import Action, Schedule, generate
 from mpsdk.topology import Degrees, Topology
 
 if TYPE_CHECKING:
-    from mpsdk.estimate import Estimate
+    from mpsdk.estimate import DeviceFigures, Estimate
 
 EVALUATION_SCHEDULE = "forward-only"
 LOOKAHEAD = 1  # receives are posted one compute action ahead of their use, so that they overlap with it
@@ -168,11 +169,18 @@ class Plan(BaseModel):
     def tokens_per_step(self) -> int:
         return self.training.global_batch * self.training.sequence_length
 
-    def estimate(self) -> Estimate:
-        """Bytes, FLOPs and messages of each rank. See `mpsdk.estimate`."""
+    def estimate(self, device: str | os.PathLike[str] | DeviceFigures = "gpu") -> Estimate:
+        """Bytes, FLOPs and messages of each rank, and with a device's figures its verdict and the time of a step.
+
+        Args:
+            device: "gpu", "cpu", a name such as "h100", a file of figures, or figures. See `mpsdk.estimate`.
+
+        Raises:
+            ConfigError: the device is not known.
+        """
         from mpsdk.estimate import estimate
 
-        return estimate(self)
+        return estimate(self, device=device)
 
     # -- plain data -------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from mpsdk.schedule import Kind
 
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "send"]
 Axes = tuple[str, ...]
+Phase = Literal["forward", "backward"]
 
 COUNT_BYTES = 8  # the count of tokens is fp64, which holds any count exactly
 
@@ -69,28 +70,36 @@ def messages_of(account: Account, share: ShareClass) -> tuple[Message, ...]:
     return tuple(replace(message, count=count) for message, count in alike.items() if count)
 
 
-def _tensor_parallel(account: Account, sizes: Sizes) -> Iterator[Message]:
-    """Entering and leaving each tensor-parallel region: Korthikanti et al. 2022 (arXiv:2205.05198, figure 5) with
-    sequence parallelism, Shoeybi et al. 2019 (arXiv:1909.08053, figure 3) without."""
-    axes, t, passes = ("tp",), sizes.tensor_parallel, account.backwards
-    enter = leave = enter_again = leave_again = 0
-    for stage in account.stages:
-        blocks, first, last = account.blocks(stage), account.is_first(stage), account.is_last(stage)
-        enter += 2 * blocks + last
-        leave += 2 * blocks + first
-        if account.recompute.mode != "none":
-            enter_again += 2 * blocks
-            leave_again += blocks if account.stops_early else 2 * blocks
+def region_messages(account: Account, sizes: Sizes, stage: int) -> Iterator[tuple[Phase, Message]]:
+    """Entering and leaving each tensor-parallel region of one microbatch at `stage`, and the loss there: Korthikanti et
+    al. 2022 (arXiv:2205.05198, figure 5) with sequence parallelism, Shoeybi et al. 2019 (arXiv:1909.08053, figure 3)
+    without. What is computed again is part of the backward."""
+    axes, t, blocks = ("tp",), sizes.tensor_parallel, account.blocks(stage)
+    enter, leave = 2 * blocks + account.is_last(stage), 2 * blocks + account.is_first(stage)
+    enter_again = leave_again = 0
+    if account.recompute.mode != "none":
+        enter_again = 2 * blocks
+        leave_again = blocks if account.stops_early else 2 * blocks
+    gather = Message(axes, "all-gather", "hidden states", t, sizes.hidden, 1)
+    scatter = Message(axes, "reduce-scatter", "hidden states", t, sizes.whole_hidden, 1)
+    reduce = Message(axes, "all-reduce", "hidden states", t, sizes.whole_hidden, 1)
     if sizes.sequence_parallel:
-        gathers, scatters = enter + leave + enter_again, leave + enter + leave_again
-        yield Message(axes, "all-gather", "hidden states", t, sizes.hidden, gathers * passes)
-        yield Message(axes, "reduce-scatter", "hidden states", t, sizes.whole_hidden, scatters * passes)
+        yield "forward", replace(gather, count=enter)
+        yield "forward", replace(scatter, count=leave)
+        yield "backward", replace(gather, count=leave + enter_again)
+        yield "backward", replace(scatter, count=enter + leave_again)
     else:
-        sums = leave + enter + leave_again
-        yield Message(axes, "all-reduce", "hidden states", t, sizes.whole_hidden, sums * passes)
-    if any(account.is_last(stage) for stage in account.stages):
-        yield Message(axes, "all-reduce", "largest logits", t, sizes.tokens * FP32, passes)
-        yield Message(axes, "all-reduce", "sums of the loss", t, 2 * sizes.tokens * FP32, passes)
+        yield "forward", replace(reduce, count=leave)
+        yield "backward", replace(reduce, count=enter + leave_again)
+    if account.is_last(stage):
+        yield "forward", Message(axes, "all-reduce", "largest logits", t, sizes.tokens * FP32, 1)
+        yield "forward", Message(axes, "all-reduce", "sums of the loss", t, 2 * sizes.tokens * FP32, 1)
+
+
+def _tensor_parallel(account: Account, sizes: Sizes) -> Iterator[Message]:
+    for stage in account.stages:
+        for _, message in region_messages(account, sizes, stage):
+            yield replace(message, count=message.count * account.backwards)
 
 
 def _pipeline(account: Account, sizes: Sizes) -> Iterator[Message]:

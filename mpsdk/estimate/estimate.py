@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from mpsdk.cost import forward_flops
+from mpsdk.errors import ConfigError, Problem
 from mpsdk.estimate.account import Account
 from mpsdk.estimate.communication import Axes, Collective, Message, messages_of
 from mpsdk.estimate.compute import StageCompute, stage_compute, timeline_of
+from mpsdk.estimate.devices import DeviceFigures, device_figures
 from mpsdk.estimate.frameworks import Device
 from mpsdk.estimate.memory import RankMemory, memory_of
+from mpsdk.estimate.step_time import StepTime, step_time
 from mpsdk.plan import Plan
 from mpsdk.schedule import Timeline
 from mpsdk.topology import Coordinates
 
+KINDS = ("gpu", "cpu")
 UNKNOWN_WITHOUT_SPEC = (
     "activations and workspace",
     "messages of tensor parallelism and between stages",
@@ -92,7 +97,8 @@ class Estimate:
     sharded data parallelism are: `memory` and `messages` have one entry for each pipeline coordinate and size of share.
     `compute` is by stage. FLOPs and messages are of one step, memory is of the fullest moment of one.
 
-    `unknown`: what is left out, for a model that is described by its tensors only.
+    `unknown`: what is left out, for a model that is described by its tensors only. `figures`: of the devices, where they are
+    known: what `fits` and `step_time` go by unless told otherwise.
     """
 
     plan: Plan
@@ -101,6 +107,7 @@ class Estimate:
     messages: tuple[RankMessages, ...]
     compute: tuple[StageCompute, ...]
     unknown: tuple[str, ...]
+    figures: DeviceFigures | None = None
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
@@ -113,8 +120,17 @@ class Estimate:
         """The memory of the ranks that peak highest."""
         return max(self.memory, key=lambda memory: memory.peak)
 
-    def fits(self, bytes_per_device: int) -> Fit:
-        """Whether every rank peaks within `bytes_per_device`, and the rank that comes nearest or goes beyond."""
+    def fits(self, bytes_per_device: int | None = None) -> Fit:
+        """Whether every rank peaks within `bytes_per_device`, and the rank that comes nearest or goes beyond.
+
+        Args:
+            bytes_per_device: None: what a rank may fill of the device that the estimate is for.
+
+        Raises:
+            ConfigError: neither is known.
+        """
+        if bytes_per_device is None:
+            bytes_per_device = self._figures(None).usable_memory(self.plan.world_size)
         worst = self.fullest
         rank = self.plan.topology.rank_of(Coordinates(pp=worst.pp, sdp=worst.sdp[0]))
         return Fit(worst.peak <= bytes_per_device, bytes_per_device, rank, worst.peak, worst.peak_at)
@@ -157,7 +173,23 @@ class Estimate:
         """The part of a pass, from 0 to 1, in which each pipeline rank waits."""
         return tuple(bubble / self.timeline.makespan for bubble in self.timeline.bubble)
 
+    def step_time(self, device: str | os.PathLike[str] | DeviceFigures | None = None) -> StepTime:
+        """How long a step takes. See `mpsdk.estimate.step_time`.
+
+        Args:
+            device: a device's name, a file of figures, or figures. None: the device that the estimate is for.
+
+        Raises:
+            ConfigError: the device is not known, or its figures lack one that the plan needs.
+        """
+        return step_time(self.plan, self._figures(device), model_flops=self.model_flops)
+
     # ---------------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from mpsdk.report.estimate_table import estimate_text
+
+        return estimate_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -175,7 +207,21 @@ class Estimate:
             "hardware_flops": self.hardware_flops,
             "bubble": list(self.bubble),
             "unknown": list(self.unknown),
+            **self._verdicts(),
         }
+
+    def _verdicts(self) -> dict[str, Any]:
+        if self.figures is None:
+            return {}
+        return {"fits": asdict(self.fits()), "step_time": self.step_time().to_dict()}
+
+    def _figures(self, device: str | os.PathLike[str] | DeviceFigures | None) -> DeviceFigures:
+        if device is not None:
+            return device_figures(device)
+        if self.figures is None:
+            remedy = 'only says the kind of device; say which: plan.estimate("h100"), or a file of measured figures'
+            raise ConfigError([Problem("device", self.device, remedy)], where="the estimate")
+        return self.figures
 
     @property
     def _backwards(self) -> int:
@@ -191,18 +237,27 @@ class Estimate:
         )
 
 
-def estimate(plan: Plan, *, device: Device = "gpu") -> Estimate:
+def estimate(plan: Plan, *, device: str | os.PathLike[str] | DeviceFigures = "gpu") -> Estimate:
     """What `plan` costs on ranks of one kind of device; touches none.
 
-    >>> estimate(plan).fits(80 * 2**30)  # doctest: +SKIP
+    >>> estimate(plan, device="h100").fits()  # doctest: +SKIP
+
+    Args:
+        device: "gpu" or "cpu": the kind only. A device's name, a file of figures, or figures: what its memory holds and how
+            long a step takes come with it.
+
+    Raises:
+        ConfigError: the device is not known.
     """
-    accounts = [Account(plan, device, pp) for pp in range(plan.degrees.pp)]
+    figures = None if device in KINDS else device_figures(device)
+    kind: Device = figures.kind if figures is not None else "cpu" if device == "cpu" else "gpu"
+    accounts = [Account(plan, kind, pp) for pp in range(plan.degrees.pp)]
     shares = [(account, share) for account in accounts for share in account.shares]
     computes = {stage: stage_compute(account, stage) for account in accounts for stage in account.stages}
     known = accounts[0].sizes is not None
     return Estimate(
         plan=plan,
-        device=device,
+        device=kind,
         memory=tuple(memory_of(account, share) for account, share in shares),
         messages=tuple(
             RankMessages(account.pp, (share.start, share.stop), messages_of(account, share))
@@ -210,4 +265,5 @@ def estimate(plan: Plan, *, device: Device = "gpu") -> Estimate:
         ),
         compute=tuple(computes[stage] for stage in sorted(computes)),
         unknown=() if known else UNKNOWN_WITHOUT_SPEC,
+        figures=figures,
     )

@@ -59,7 +59,7 @@ class LocalLauncher:
 
     def world_size(self, stated_degree: int) -> int:
         """How many ranks `run` should start for a distribution whose stated degrees multiply to `stated_degree`."""
-        return self.processes or _visible_gpus() or stated_degree
+        return self.processes or visible_gpus() or stated_degree
 
     def run(
         self,
@@ -182,7 +182,7 @@ def _defaults(world_size: int) -> dict[str, str]:
     }
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """How many NVIDIA GPUs a framework would find, asked without importing one."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

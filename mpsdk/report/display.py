@@ -252,11 +252,11 @@ def quantity(number: float) -> str:
     >>> quantity(836352), quantity(48123.4), quantity(12)
     ('836k', '48.1k', '12')
     """
-    for letter in ("", "k", "M", "G"):
+    for letter in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 999.5:
             return f"{number:.3g}{letter}"
         number /= 1000
-    return f"{number:,.0f}T"
+    return f"{number:,.0f}E"
 
 
 def duration(seconds: float) -> str:

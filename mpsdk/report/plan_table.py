@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,41 +11,106 @@ from mpsdk.cost import partition_costs
 from mpsdk.report.display import quantity
 
 if TYPE_CHECKING:
-    from mpsdk.estimate import Estimate
+    from rich.table import Table
+
+    from mpsdk.estimate import DeviceFigures, Estimate
     from mpsdk.plan import Plan
     from mpsdk.schedule import Timeline
 
 WIDTH = 100
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan for a person, without colours, at most `WIDTH` columns wide."""
-    from rich.console import Console
+def plan_text(plan: Plan, device: str | os.PathLike[str] | DeviceFigures = "gpu") -> str:
+    """The plan for a person, without colours, at most `WIDTH` columns wide.
+
+    Args:
+        device: what its ranks run on; see `Plan.estimate`.
+
+    Raises:
+        ConfigError: the device is not known.
+    """
+    estimate = plan.estimate(device)
+    memory = ("parameters", "in flight", "between steps", "peak", "sent a step", "peak is at")
+    return page(
+        facts_table([*_facts(plan, estimate), *verdict_facts(estimate), ("plan", plan.hash)]),
+        columns(("stage", "pp rank", "blocks", "parameters", "compute"), _stages(plan)),
+        columns((f"{estimate.device} bytes", *memory), _bytes(estimate)),
+    )
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Names and what there is to say of each."""
     from rich.table import Table
     from rich.text import Text
 
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    estimate = plan.estimate()
-    for name, value in _facts(plan, estimate):
-        facts.add_row(name, Text(value))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in facts:
+        table.add_row(name, Text(value))
+    return table
 
-    def table(names: Sequence[str], rows: Iterable[tuple[str, ...]]) -> Table:
-        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
-        for name in names:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+
+def columns(
+    names: Sequence[str], rows: Iterable[tuple[str, ...]], *, left: Sequence[int] = (), padding: int = 3
+) -> Table:
+    """A table without lines, `padding` blanks between columns; those in `left` are aligned to the left."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, padding, 0, 0), pad_edge=False)
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def page(*parts: Table) -> str:
+    """Tables under each other as text, at most `WIDTH` columns wide."""
+    from rich.console import Console
 
     text = io.StringIO()
     console = Console(file=text, width=WIDTH, color_system=None, legacy_windows=False)
-    console.print(facts)
-    console.print()
-    console.print(table(("stage", "pp rank", "blocks", "parameters", "compute"), _stages(plan)))
-    console.print()
-    memory = ("parameters", "in flight", "between steps", "peak", "sent a step", "peak is at")
-    console.print(table((f"{estimate.device} bytes", *memory), _bytes(estimate)))
+    for number, part in enumerate(parts):
+        if number:
+            console.print()
+        console.print(part)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def verdict_facts(estimate: Estimate) -> Iterator[tuple[str, str]]:
+    """Whether the plan fits the device and how long a step takes there, when the device's figures are known."""
+    if estimate.figures is None:
+        return
+    fit, time = estimate.fits(), estimate.step_time()
+    verdict = "fits" if fit else "does not fit"
+    yield (
+        "device",
+        f"{estimate.figures.name}: {verdict}, rank {fit.rank} peaks at {quantity(fit.peak)}B "
+        f"of {quantity(fit.bytes_per_device)}B",
+    )
+    spent = {"compute": time.compute, **time.exposed, "bubble": time.bubble, "update": time.update}
+    shares = ", ".join(
+        f"{name} {seconds / time.seconds:.1%}"
+        for name, seconds in spent.items()
+        if seconds > 0.0005 * time.seconds
+    )
+    yield (
+        "step time",
+        f"{seconds_text(time.seconds)}, {quantity(time.tokens_per_second)} tokens/s, MFU {time.mfu:.1%}",
+    )
+    yield "", shares
+
+
+def seconds_text(seconds: float) -> str:
+    """Three figures and a unit.
+
+    >>> seconds_text(12.34), seconds_text(0.01234), seconds_text(0.00001234)
+    ('12.3 s', '12.3 ms', '12.3 µs')
+    """
+    for unit in ("s", "ms"):
+        if seconds >= 0.9995:
+            return f"{seconds:,.0f} {unit}" if seconds >= 999.5 else f"{seconds:.3g} {unit}"
+        seconds *= 1000
+    return f"{seconds:.3g} µs"
 
 
 def _facts(plan: Plan, estimate: Estimate) -> Iterator[tuple[str, str]]:
@@ -84,7 +150,6 @@ def _facts(plan: Plan, estimate: Estimate) -> Iterator[tuple[str, str]]:
             f", padded to {plan.padded_vocab_size}" if plan.padded_vocab_size != model.vocab_size else ""
         )
         yield "vocabulary", f"{model.vocab_size}{padding}"
-    yield "plan", plan.hash
 
 
 def _schedule(plan: Plan, estimate: Estimate) -> str:
@@ -94,7 +159,7 @@ def _schedule(plan: Plan, estimate: Estimate) -> str:
         return f"{microbatches}, one after another"
     virtual = f", {pipeline.virtual_stages} virtual stages a rank" if pipeline.virtual_stages > 1 else ""
     bubble = estimate.timeline.bubble_fraction
-    return f"{pipeline.schedule}{virtual}, {microbatches}, bubble {bubble:.1%} (messages left out)"
+    return f"{pipeline.schedule}{virtual}, {microbatches}, bubble {bubble:.1%} (by FLOPs)"
 
 
 def plan_timeline(plan: Plan) -> Timeline:

@@ -214,6 +214,6 @@ def test_quantities_and_durations_read_like_a_person_writes_them():
         "48.1k",
         "836k",
         "7.24G",
-        "3,000T",
+        "3P",
     ]
     assert [duration(seconds) for seconds in (0, 59.7, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
