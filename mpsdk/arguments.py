@@ -9,11 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
+from pydantic import ValidationError
+
 from mpsdk.backend import limits_of
+from mpsdk.config import Profile, problems_of
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.launch import Launcher, get_launcher
+from mpsdk.profile import is_measured, step_folder
 
 CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 T = TypeVar("T")
@@ -53,6 +57,49 @@ def launcher_argument(launcher: object) -> Launcher:
         remedy = 'must be the name of a launcher, such as "local", or an object with world_size() and run()'
         raise _refusal("launcher", launcher, remedy)
     return get_launcher(launcher)
+
+
+def profile_argument(profile: object) -> Profile:
+    try:
+        return Profile.model_validate(profile)
+    except ValidationError as error:
+        raise ConfigError(problems_of(error, root="profile")) from None
+
+
+def profile_problems(profile: Profile, steps: int, world_size: int) -> list[Problem]:
+    """What of `profile` a run of `steps` steps on `world_size` ranks can't do."""
+    problems: list[Problem] = []
+    late = [step for step in profile.steps or () if step > steps]
+    if late:
+        remedy = f"names {_listed(late)}, and training.steps is {steps}; name steps from 1 to {steps}"
+        problems.append(Problem("profile.steps", list(profile.steps or ()), remedy))
+    outside = [] if profile.ranks == "all" else [rank for rank in profile.ranks if rank >= world_size]
+    if outside:
+        world = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        remedy = f'names {_listed(outside)}, and there are {world}; name ranks from 0 to {world_size - 1}, or "all"'
+        problems.append(Problem("profile.ranks", list(profile.ranks), remedy))
+    return problems
+
+
+def done_step_problems(profile: Profile, output_dir: Path, world_size: int, done: int) -> list[Problem]:
+    """The steps of `profile` that a run never comes to that goes on after step `done`, and has not measured before."""
+    ranks = range(world_size) if profile.ranks == "all" else profile.ranks
+    missed = [
+        step
+        for step in profile.steps or ()
+        if step <= done and not is_measured(step_folder(output_dir, step), ranks)
+    ]
+    if not missed:
+        return []
+    remedy = (
+        f"names {_listed(missed)}, and the run goes on after step {done}, with which that is done; name later steps, "
+        "leave profile out, or choose another output_dir"
+    )
+    return [Problem("profile.steps", list(profile.steps or ()), remedy)]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def _refusal(field: str, got: object, remedy: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""The seam between the core and a framework: seven verbs, and the plain data that passes through them.
+"""The seam between the core and a framework: eight verbs, and the plain data that passes through them.
 
 A backend is found by name through the entry-point group `mpsdk.backends`; looking one up imports its framework, and
 `limits_of` doesn't.
@@ -7,8 +7,10 @@ A backend is found by name through the entry-point group `mpsdk.backends`; looki
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -107,6 +109,13 @@ class Backend(Protocol):
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
         """One optimizer step, numbered from 0, on this data rank's rows."""
+        ...
+
+    def profile(self, directory: Path | None) -> AbstractContextManager[None]:
+        """Around one step: write what it does on this rank to `directory`, as `mpsdk.profile` has it.
+
+        Entered by all ranks together, with None by those that leave nothing. The step's results are those of any other.
+        """
         ...
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:

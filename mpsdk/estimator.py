@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from mpsdk.arguments import (
     callback_problems,
     collect,
+    done_step_problems,
     entry_point_problems,
     framework_problems,
     launcher_argument,
     model_argument,
+    profile_argument,
+    profile_problems,
 )
 from mpsdk.backend import Place
-from mpsdk.config import Data, Distribution, Job, Training
+from mpsdk.config import Data, Distribution, Job, Profile, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.families.describe import describe_spec
@@ -64,6 +67,8 @@ class Estimator:
         output_dir: everything that a run leaves: history, checkpoints, logs, pictures, prepared data.
         callbacks: `mpsdk.report.callbacks.Callback` objects, told of a run's progress in this process.
         hyperparameters: arguments of the `entry_point`.
+        profile: steps to trace and time, counted from 1 as in the history: a `Profile`, a dict such as
+            `{"steps": [3, 4], "ranks": [0, 2]}`, a step or a list of them. What is learned stays the same, bit for bit.
 
     Raises:
         ConfigError: lists every problem of the arguments.
@@ -76,6 +81,7 @@ class Estimator:
     launcher: Launcher
     output_dir: Path
     callbacks: tuple[Callback, ...]
+    profile: Profile
     _read: ReadModel
     _job: Job | None  # the file that it was made of: what `fit` takes where it isn't told otherwise
 
@@ -91,6 +97,7 @@ class Estimator:
         output_dir: str | os.PathLike[str] = "runs/default",
         callbacks: Sequence[Callback] = (),
         hyperparameters: Mapping[str, object] | None = None,
+        profile: Profile | Mapping[str, object] | int | Sequence[int] | None = None,
     ) -> None:
         problems = [
             *entry_point_problems(model, entry_point, hyperparameters or {}),
@@ -101,6 +108,7 @@ class Estimator:
         spread = collect(problems, lambda: Distribution.parse(distribution or {}))
         how = collect(problems, lambda: Training.parse(training or {}), prefix="training.")
         where = collect(problems, lambda: launcher_argument(launcher))
+        measured = collect(problems, lambda: profile_argument(profile), prefix="profile.")
         if problems:
             raise ConfigError(problems, where="the estimator")
         values = {
@@ -111,6 +119,7 @@ class Estimator:
             "launcher": where,
             "output_dir": Path(output_dir),
             "callbacks": tuple(callbacks),
+            "profile": measured,
             "_read": read,
             "_job": None,
         }
@@ -134,6 +143,7 @@ class Estimator:
             launcher=get_launcher(launch.name, processes=launch.processes, timeout=launch.timeout),
             output_dir=job.output_dir,
             callbacks=callbacks,
+            profile=job.profile,
         )
         object.__setattr__(estimator, "_job", job)
         return estimator
@@ -175,6 +185,7 @@ class Estimator:
                 framework=self.framework,
             ),
         )
+        problems += profile_problems(self.profile, self.training.steps, ranks)
         problems += tokenizer_problems(self.training, self._model_directory, self._description.vocab_size)
         if plan is None or problems:
             raise ConfigError(problems, where=f"the plan for {ranks} rank{'s' if ranks != 1 else ''}")
@@ -275,9 +286,13 @@ class Estimator:
             model_directory=directory,
             pretrained=read.directory is not None and _has_weights(read.directory),
             hf_config=cast("dict[str, Any]", read.hf_config),
+            profile=self.profile,
         )
-        if expected_checkpoint(order) is None:
+        checkpoint = expected_checkpoint(order)
+        if checkpoint is None:
             order.initial_weights()
+        elif problems := done_step_problems(self.profile, self.output_dir, plan.world_size, checkpoint.step):
+            raise ConfigError(problems, where="the run")
         return order
 
     def _is_finished(self, order: WorkOrder) -> bool:

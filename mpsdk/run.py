@@ -15,6 +15,7 @@ from mpsdk.checkpoint import Checkpoint, find
 from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.inputs import Preparation
 from mpsdk.launch import Launcher, LocalLauncher, place_from_environment
+from mpsdk.profile import PICTURE, step_folders
 from mpsdk.report.history import History, Row
 from mpsdk.report.plan_table import plan_timeline
 from mpsdk.work_order import HISTORY_FILE, JOB_FILE, WorkOrder
@@ -92,6 +93,11 @@ class Run:
     def checkpoints(self) -> list[str]:
         """The paths of the complete checkpoints that are there, newest first."""
         return find(self._order.checkpoints)
+
+    @property
+    def profiles(self) -> list[Path]:
+        """The directories of the steps that were profiled, in order. See `mpsdk.profile`."""
+        return step_folders(self.output_dir)
 
     @property
     def pictures(self) -> list[Path]:
@@ -249,8 +255,10 @@ class Background:
 
 
 def draw_pictures(run: Run) -> None:
-    """The loss over the run, and the schedule where there is a pipeline, as PNG and SVG in the run's `pictures`."""
+    """The loss over the run, and the schedule where there is a pipeline, as PNG and SVG in the run's `pictures`; beside
+    the traces of each profiled step, what ran when."""
     from mpsdk.report.pictures import loss_curve
+    from mpsdk.report.timeline import draw_profile
     from mpsdk.schedule.draw import draw
 
     folder = run.output_dir / PICTURES
@@ -262,6 +270,9 @@ def draw_pictures(run: Run) -> None:
         timeline = plan_timeline(plan)
         for suffix in (".png", ".svg"):
             draw(timeline, folder / f"schedule{suffix}")
+    for directory in run.profiles:
+        if not (directory / PICTURE).exists():  # those of an earlier start of the run have theirs
+            draw_profile(directory)
 
 
 def _evaluation(loss: float, tokens: int) -> Evaluation:

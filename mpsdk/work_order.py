@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from mpsdk.backend import TensorSource
 from mpsdk.checkpoint.storage import is_remote
+from mpsdk.config import Profile
 from mpsdk.data.dataset import Dataset, Part
 from mpsdk.errors import MpsdkError
 from mpsdk.families.registry import family_of
@@ -54,6 +55,7 @@ class WorkOrder(BaseModel):
     hf_config: dict[str, JsonValue] = {}  # what the model's configuration said, for the export
     train: PreparedData | None = None
     validation: PreparedData | None = None
+    profile: Profile = Profile()  # what to measure, which is not of the plan: it changes nothing
 
     @property
     def checkpoints(self) -> str:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ from mpsdk.errors import WorkerError
 from mpsdk.launch.control import Control
 from mpsdk.launch.environment import generation_from_environment, run_directory_from_environment
 from mpsdk.launch.worker_main import guard
+from mpsdk.profile import PLAN_FILE, step_folder
 from mpsdk.report.history import History, only_finite
 from mpsdk.resume import Start, find_start
 from mpsdk.work_order import EVENTS_FILE, HISTORY_FILE, PreparedData, WorkOrder
@@ -100,7 +102,7 @@ class Work:
         last_finite = start.step
         clock = _Clock()
         while self.step < training.steps and not stopped:
-            result = self._take_step(dataset, stream)
+            result = self._take_step(dataset, stream, clock)
             clock.steps += 1
             if self.step == 1 or self._is_due(training.log_every):
                 values = result.read(stop=self._stop_wanted or self.control.stop_requested)
@@ -115,15 +117,41 @@ class Work:
         self._save()
         self._tell("end", step=self.step, reason="stopped" if self.step < training.steps else "finished")
 
-    def _take_step(self, dataset: Dataset, stream: SampleStream) -> StepResult:
+    def _take_step(self, dataset: Dataset, stream: SampleStream, clock: _Clock) -> StepResult:
         self.place.note(f"step {self.step}: reading the batch")
         batch = training_batch(dataset, stream, samples_consumed=self.samples_consumed, **self._batch_layout)
         self.place.note(f"step {self.step}: training")
         learning_rate = self.training.learning_rate_at(self.step)
-        result = self.backend.step(batch, step=self.step, learning_rate=learning_rate)
+        with self._profiling(clock):
+            result = self.backend.step(batch, step=self.step, learning_rate=learning_rate)
         self.step += 1
         self.samples_consumed += self.training.global_batch
         return result
+
+    @contextlib.contextmanager
+    def _profiling(self, clock: _Clock) -> Generator[None]:
+        """Around the next step, which is measured if that was asked for. Getting ready and writing is not training time."""
+        profile, number = self.order.profile, self.step + 1
+        if number not in (profile.steps or ()):
+            yield
+            return
+        directory = step_folder(self.order.output_dir, number)
+        wanted = profile.asks_for(step=number, rank=self.place.rank)
+        with contextlib.ExitStack() as stack:
+            with clock.paused():
+                self.place.note(f"step {self.step}: starting the profile")
+                self.control.decide(f"profile-{number}", lambda: self._make_folder(directory))
+                stack.enter_context(self.backend.profile(directory if wanted else None))
+            yield
+            with clock.paused():
+                self.place.note(f"step {self.step}: writing the profile")
+                stack.close()
+
+    def _make_folder(self, directory: Path) -> None:
+        """An empty one, with the plan: what an earlier start of the run measured there may be of other ranks."""
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        self.plan.save(directory / PLAN_FILE)
 
     # -- its parts --------------------------------------------------------------------------------------------------
 

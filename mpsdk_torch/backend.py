@@ -1,8 +1,10 @@
-"""The PyTorch backend: the seven verbs, each one line of the rooms beside it."""
+"""The PyTorch backend: the eight verbs, each one line of the rooms beside it."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -16,6 +18,7 @@ from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.parallelize import parallelize
 from mpsdk_torch.parameters import held_parameters
 from mpsdk_torch.precision import LossScale
+from mpsdk_torch.profile import measured
 from mpsdk_torch.sharded import needs_sharding
 from mpsdk_torch.step import Trainer
 from mpsdk_torch.topology import Groups, join, make_groups
@@ -52,6 +55,10 @@ class TorchBackend:
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
         return self._ready.trainer.step(batch, step=step, learning_rate=learning_rate)
+
+    def profile(self, directory: Path | None) -> AbstractContextManager[None]:
+        trainer, device = self._ready.trainer, self._ready.groups.device
+        return measured(directory, trainer.place, device, trainer.watched_by)
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
         return self._ready.trainer.evaluate(batch, step=step)

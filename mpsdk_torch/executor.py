@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from mpsdk.profile import SENDS
 from mpsdk.schedule import Action, Kind
 from mpsdk_torch.comm import StageLinks
 from mpsdk_torch.nn.deferred import WeightGradients, deferring
@@ -34,6 +36,24 @@ class Reduction(Protocol):
         ...
 
     def after_weight_gradients(self, stage: int, *, last: bool) -> None: ...
+
+
+class Watch:
+    """Told what a step does, while it does it. This one looks away; `mpsdk_torch.profile.Recorder` measures."""
+
+    def action(self, action: Action) -> AbstractContextManager[None]:
+        return _UNSEEN
+
+    def waiting(self, kind: Kind, stage: int, microbatch: int) -> AbstractContextManager[None]:
+        """For the message that a receive of `kind` at `stage` brings; inside of the action that uses it."""
+        return _UNSEEN
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Part of the step outside of its actions."""
+        return _UNSEEN
+
+
+_UNSEEN = nullcontext()  # one for all: nothing is made while nobody looks
 
 
 class Executor:
@@ -61,14 +81,17 @@ class Executor:
         self.stages, self.loss, self.links = stages, loss, links
         self.stage_rank, self.last_stage = stage_rank, len(stage_rank) - 1
         self.hidden, self.reduction, self.note = hidden, reduction, note
+        self.watch = Watch()
 
     def run(self, actions: Sequence[Action], *, final: bool = True) -> None:
         """Run a training schedule; `final`: no further pass of this step follows."""
         pass_ = _Pass(self, actions, final=final)
         for action in actions:
             self.note(f"pipeline {action}")
-            pass_.do(action)
-        self._finish()
+            with self.watch.action(action):
+                pass_.do(action)
+        with self.watch.phase(SENDS):
+            self._finish()
 
     @torch.no_grad()
     def evaluate(self, actions: Sequence[Action]) -> None:
@@ -203,4 +226,5 @@ class _Pass:
         if work is not None:
             source = stage - 1 if kind is Kind.RECEIVE_FORWARD else stage + 1
             self._executor.note(f"waiting for microbatch {microbatch} of stage {source}")
-            work.wait()
+            with self._executor.watch.waiting(kind, stage, microbatch):
+                work.wait()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mpsdk.backend import IGNORED_LABEL, Batch, Place
 from mpsdk.plan import Plan
+from mpsdk.profile import TOKEN_COUNT, UPDATE
 from mpsdk_torch.dropout import Moment
-from mpsdk_torch.executor import Executor
+from mpsdk_torch.executor import Executor, Watch
 from mpsdk_torch.loss import cross_entropy_sum
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.precision import COMPUTE_DTYPES
@@ -61,7 +62,8 @@ class Trainer:
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
         """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
-        count = self._begin(batch, step)
+        with self._executor.watch.phase(TOKEN_COUNT):
+            count = self._begin(batch, step)
         divisor = count.clamp(min=1.0)
         self._divisor = divisor / self.optimizer.loss_scale.scale
         actions = self.plan.actions(self.place.rank)
@@ -70,8 +72,13 @@ class Trainer:
             self._executor.run(actions, final=self._pass == passes - 1)
         self._note("updating")
         scale = self.optimizer.loss_scale.scale.clone()
-        norm = self.optimizer.step(learning_rate)
+        with self._executor.watch.phase(UPDATE):
+            norm = self.optimizer.step(learning_rate)
         return PendingStep(self, loss=self._sum / divisor, norm=norm, loss_scale=scale)
+
+    def watched_by(self, watch: Watch) -> None:
+        """Have the steps from now on tell `watch` what they do."""
+        self._executor.watch = watch
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
         """Sum of token losses and count of valid tokens over all data ranks."""

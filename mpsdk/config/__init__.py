@@ -15,6 +15,7 @@ from mpsdk.config.distribution import (
 )
 from mpsdk.config.document import Document
 from mpsdk.config.job import Data, Job, Launch
+from mpsdk.config.profile import Profile
 from mpsdk.config.training import Training
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Launch",
     "Pipeline",
     "Precision",
+    "Profile",
     "Section",
     "ShardedDataParallel",
     "TensorParallel",

@@ -11,6 +11,7 @@ from mpsdk.config.base import Section, rule
 from mpsdk.config.distribution import Distribution
 from mpsdk.config.document import Document
 from mpsdk.config.fields import Count, PathText, Positive, Share, Text
+from mpsdk.config.profile import Profile
 from mpsdk.config.training import Training
 from mpsdk.config.wording import Accepts
 from mpsdk.errors import Problem
@@ -79,6 +80,9 @@ class Job(Document):
     resume: Annotated[PathText, Accepts('"auto"', '"never"', "the path of a checkpoint")] = Field(
         default="auto",
         description='"auto": from the newest checkpoint of `output_dir` that verifies, if there is one.',
+    )
+    profile: Profile = Field(
+        default=Profile(), description="Steps to trace and time, action by action. By default none."
     )
 
     @rule("model", "entry_point")

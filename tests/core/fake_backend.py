@@ -8,8 +8,12 @@ everything and writes its share of the rows.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +27,7 @@ from mpsdk.description import ModelDescription
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.launch.control import Control
 from mpsdk.plan import Plan
+from mpsdk.profile import MeasuredSpan, RankSpans, machine, trace_path
 
 Arrays = dict[str, NDArray[Any]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +99,46 @@ class FakeBackend:
         self._update({name: g * scale for name, g in gradients.items()}, learning_rate)
         mean = sum(rank["loss"] for rank in shared) / total
         return _Result(self, step, FakeBackend.loss_of(step, mean), norm)
+
+    @contextlib.contextmanager
+    def profile(self, directory: Path | None) -> Generator[None]:
+        """The time of the step, which computes everything at once, shared out evenly over the plan's actions."""
+        self._all("profile")
+        begun = time.perf_counter()
+        yield
+        if directory is None:
+            return
+        rank, ended = self.place.rank, time.perf_counter()
+        actions = [
+            (action, part)
+            for part in range(self.plan.training.accumulation)
+            for action in self.plan.actions(rank)
+        ]
+        marks = np.linspace(begun, ended, len(actions) + 1).tolist()
+        spans = tuple(
+            MeasuredSpan(
+                kind=action.kind.value,
+                stage=action.stage,
+                microbatch=action.microbatch,
+                part=part,
+                start=start,
+                end=end,
+            )
+            for (action, part), (start, end) in zip(actions, pairwise(marks), strict=True)
+        )
+        events = [
+            {
+                "name": str(action),
+                "ph": "X",
+                "ts": start * 1e6,
+                "dur": (end - start) * 1e6,
+                "pid": rank,
+                "tid": 0,
+            }
+            for (action, _), (start, end) in zip(actions, pairwise(marks), strict=True)
+        ]
+        trace_path(directory, rank).write_text(json.dumps({"traceEvents": events}))
+        RankSpans(rank=rank, machine=machine(), met=begun, spans=spans).save(directory)
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
         loss, count, _ = self._sums(batch)

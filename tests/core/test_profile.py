@@ -1,0 +1,392 @@
+"""Profiled steps: what is refused, what is left on disk, what the picture says; on the numpy backend and by hand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import types
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from pydantic import ValidationError
+
+from mpsdk import Estimator
+from mpsdk.checkpoint import find
+from mpsdk.config import Profile
+from mpsdk.errors import ConfigError, DataError
+from mpsdk.launch import LocalLauncher
+from mpsdk.plan import Plan
+from mpsdk.profile import MeasuredSpan, RankSpans, compress_if_large, machine, step_folder, trace_path
+from mpsdk.report.history import History
+from mpsdk.report.timeline import ProfiledStep, draw_profile
+from mpsdk.run import Run
+from mpsdk.schedule import COMPUTE, Costs, Kind, simulate
+from mpsdk.work_order import WorkOrder
+from tests.core.fake_backend import FakeBackend
+from tests.core.jobs import MODEL, TEXT, TRAINING, order_in, work
+
+# -- what can be asked for -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", [3, [3], {"steps": 3}, {"steps": [3]}, Profile(steps=(3,))])
+def test_a_step_a_list_and_a_section_say_the_same(bare: Any) -> None:
+    assert Estimator(MODEL, profile=bare).profile == Profile(steps=(3,))
+
+
+def test_nothing_is_profiled_unless_asked_for() -> None:
+    off = Estimator(MODEL).profile
+    assert off == Profile() == Profile.model_validate(None)
+    assert not any(off.asks_for(step=step, rank=0) for step in range(10))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (
+            "3",
+            "profile (got '3'): must be an integer >= 1, a list of one or more, None, or a section with keys",
+        ),
+        (0, "profile (got 0): must be an integer >= 1"),
+        (True, "profile (got True): must be an integer >= 1"),
+        ({"steps": []}, "profile.steps (got []): must be an integer >= 1, a list of one or more, or None"),
+        ({"steps": [3, 4, 3]}, "profile.steps (got (3, 4, 3)): has 3 more than once; name each step once"),
+        ({"steps": 1, "ranks": [1, 1]}, "profile.ranks (got (1, 1)): has 1 more than once"),
+        ({"steps": 1, "ranks": []}, 'must be "all" or a list of one or more integers >= 0'),
+        ({"ranks": [0]}, "profile.ranks (got (0,)): has no effect without steps"),
+        ({"step": 3}, "profile.step (got 3): unknown key; did you mean steps?"),
+    ],
+)
+def test_what_no_run_could_do_is_refused_at_once(given: Any, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Estimator(MODEL, profile=given)
+    assert problem in str(caught.value)
+
+
+def test_the_section_itself_says_the_same() -> None:
+    with pytest.raises(ValidationError, match="has 4 more than once"):
+        Profile(steps=(4, 4))
+
+
+def test_steps_and_ranks_that_the_run_does_not_have_are_refused_by_the_plan() -> None:
+    estimator = Estimator(
+        MODEL, training=TRAINING, profile={"steps": [8, 9, 12], "ranks": [0, 2, 4]}, framework="torch"
+    )
+    with pytest.raises(ConfigError) as caught:
+        estimator.plan(world_size=2)
+    assert (
+        "profile.steps (got [8, 9, 12]): names 9, 12, and training.steps is 8; name steps from 1 to 8"
+        in str(caught.value)
+    )
+    assert (
+        'profile.ranks (got [0, 2, 4]): names 2, 4, and there are 2 ranks; name ranks from 0 to 1, or "all"'
+        in str(caught.value)
+    )
+
+
+def test_a_job_file_asks_for_it(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("model: {model_type: gpt2}\nprofile: {steps: [3, 4], ranks: [0, 2]}\n")
+    assert Estimator.from_file(tmp_path / "job.yaml").profile == Profile(steps=(3, 4), ranks=(0, 2))
+
+
+def test_the_plan_is_the_same_with_and_without() -> None:
+    plain, profiled = (Estimator(MODEL, training=TRAINING, profile=profile) for profile in (None, [3, 4]))
+    assert plain.plan(world_size=1).hash == profiled.plan(world_size=1).hash
+
+
+# -- a run ---------------------------------------------------------------------------------------------------------
+
+
+def profiled(order: WorkOrder, **profile: Any) -> WorkOrder:
+    return order.model_copy(update={"profile": Profile(**profile)})
+
+
+def files(order: WorkOrder, step: int) -> set[str]:
+    return {path.name for path in step_folder(order.output_dir, step).iterdir()}
+
+
+def numbers(order: WorkOrder) -> list[tuple[int, float, float]]:
+    rows = History.load(Path(order.output_dir, "history.jsonl"))
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+@pytest.mark.usefixtures("fake")
+def test_only_the_steps_and_ranks_asked_for_are_written_and_nothing_else_changes(tmp_path: Path) -> None:
+    plain = order_in(tmp_path / "plain", world_size=2, accumulation=2)
+    measured = profiled(
+        order_in(tmp_path / "profiled", world_size=2, accumulation=2), steps=(3, 5), ranks=(1,)
+    )
+    work(plain)
+    work(measured)
+    assert numbers(measured) == numbers(plain)
+    assert [folder.name for folder in Run(tmp_path / "profiled").profiles] == [
+        "step-00000003",
+        "step-00000005",
+    ]
+    assert files(measured, 3) == {"plan.json", "rank-00001.pt.trace.json", "rank-00001.spans.json"}
+    assert Run(tmp_path / "plain").profiles == []
+
+
+@pytest.mark.usefixtures("fake")
+def test_what_the_profiler_takes_is_not_training_time(
+    tmp_path: Path, fake: type[FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Slow:
+        def __enter__(self) -> None:
+            passes(100.0)
+
+        def __exit__(self, *error: object) -> None:
+            passes(100.0)
+
+    monkeypatch.setattr("mpsdk.worker.time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(fake, "before_step", staticmethod(lambda step: passes(2.0)))
+    monkeypatch.setattr(fake, "profile", lambda backend, directory: Slow())
+    work(profiled(order_in(tmp_path, steps=4, log_every=1), steps=(1, 3)))
+    assert [row["step_seconds"] for row in History.load(tmp_path / "history.jsonl")] == [2.0] * 4
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_step_measured_again_leaves_nothing_of_the_first_time(tmp_path: Path) -> None:
+    order = order_in(tmp_path, world_size=2)
+    left = step_folder(tmp_path, 2)
+    left.mkdir(parents=True)
+    (left / "rank-00007.spans.json").write_text("of another world")
+    work(profiled(order, steps=(2,)))
+    assert "rank-00007.spans.json" not in files(order, 2)
+    assert "rank-00001.spans.json" in files(order, 2)
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_through_the_facade_ends_with_pictures_and_goes_on_without_a_complaint(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(TEXT, encoding="utf-8")
+
+    def estimator(steps: int, profile: Any) -> Estimator:
+        return Estimator(
+            MODEL,
+            framework="fake",
+            training={**TRAINING, "steps": steps},
+            launcher=LocalLauncher(timeout=60),
+            output_dir=tmp_path / "run",
+            profile=profile,
+        )
+
+    run = estimator(4, [2]).fit(str(corpus))
+    (folder,) = run.profiles
+    assert {path.name for path in folder.iterdir()} == {
+        "plan.json",
+        "rank-00000.pt.trace.json",
+        "rank-00000.spans.json",
+        "timeline.png",
+        "timeline.svg",
+    }
+    drawn = (folder / "timeline.png").stat().st_mtime_ns
+
+    with pytest.raises(ConfigError) as caught:
+        estimator(6, [3, 5]).fit(str(corpus))
+    assert (
+        "profile.steps (got [3, 5]): names 3, and the run goes on after step 4, with which that is done"
+        in str(caught.value)
+    )
+    # A job that was profiled before it was cut off starts again as it stands.
+    run = estimator(6, [2, 5]).fit(str(corpus))
+    assert [row["step"] for row in run.history] == [1, 2, 4, 6]
+    assert [folder.name for folder in run.profiles] == ["step-00000002", "step-00000005"]
+    assert (run.profiles[1] / "timeline.svg").exists()
+    assert (folder / "timeline.png").stat().st_mtime_ns == drawn
+    assert find(tmp_path / "run" / "checkpoints")
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------
+
+
+def measured_in(
+    folder: Path,
+    plan: Plan,
+    costs: Costs,
+    *,
+    ranks: tuple[int, ...] | None = None,
+    machine_of: tuple[str, ...] = ("one",) * 64,
+    zero_of: dict[str, float] | None = None,
+) -> Path:
+    """A profile in which every rank ran exactly as the simulator has it, pass after pass, in seconds."""
+    timeline = simulate(plan.schedule, costs)
+    folder.mkdir(parents=True)
+    plan.save(folder / "plan.json")
+    for rank in ranks or range(plan.world_size):
+        zero = (zero_of or {"one": 1000.0})[machine_of[rank]]
+        row = timeline.spans[plan.topology.coordinates(rank).pp]
+        spans = tuple(
+            MeasuredSpan(
+                kind=action.kind.value,
+                stage=action.stage,
+                microbatch=action.microbatch,
+                part=part,
+                start=zero + part * timeline.makespan + start,
+                end=zero + part * timeline.makespan + end,
+            )
+            for part in range(plan.training.accumulation)
+            for action, start, end in row
+        )
+        RankSpans(rank=rank, machine=machine_of[rank], met=zero, spans=spans).save(folder)
+    return folder
+
+
+def plan_of(world_size: int, accumulation: int = 1, **distribution: Any) -> Plan:
+    training = {**TRAINING, "global_batch": 8 * accumulation, "accumulation": accumulation}
+    return Estimator({**MODEL, "n_layer": 4}, distribution=distribution, training=training).plan(world_size)
+
+
+LAYOUTS = {
+    "1f1b": (2, {"pipeline": {"degree": 2, "microbatches": 4}}),
+    "zb-v": (2, {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-v", "virtual_stages": 2}}),
+    "tensor parallel": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "tensor_parallel": 2}),
+    "no pipeline": (1, {}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_ran_as_simulated_is_simulated_as_it_ran(layout: str, tmp_path: Path) -> None:
+    world_size, distribution = LAYOUTS[layout]
+    plan = plan_of(world_size, **distribution)
+    costs = Costs(forward=0.25, backward=0.5, backward_input=0.25, backward_weight=0.125)
+    step = ProfiledStep.load(measured_in(tmp_path / "step-00000003", plan, costs))
+    expected = simulate(plan.schedule, costs)
+    assert step.makespan == pytest.approx(1000 * expected.makespan)
+    assert step.simulated.makespan == pytest.approx(step.makespan)
+    assert step.bubble_fraction == pytest.approx(expected.bubble_fraction)
+    assert step.simulated.bubble_fraction == pytest.approx(step.bubble_fraction)
+    assert step.stages_not_measured == []
+
+
+def test_the_simulator_gets_the_median_of_each_stage(tmp_path: Path) -> None:
+    plan = plan_of(2, pipeline={"degree": 2, "microbatches": 4})
+    folder = measured_in(tmp_path / "step-00000001", plan, Costs(forward=[1, 2], backward=[3, 5]))
+    spans = RankSpans.load(folder / "rank-00001.spans.json")
+    slow = [
+        span.model_copy(update={"end": span.end + 100}) if (span.kind, span.microbatch) == ("F", 0) else span
+        for span in spans.spans
+    ]
+    spans.model_copy(update={"spans": tuple(slow)}).save(folder)
+    durations = ProfiledStep.load(folder).durations
+    assert durations[Kind.FORWARD] == pytest.approx([1000, 2000])
+    assert durations[Kind.BACKWARD] == pytest.approx([3000, 5000])
+
+
+def test_passes_of_accumulation_follow_one_another(tmp_path: Path) -> None:
+    plan = plan_of(2, accumulation=3, pipeline={"degree": 2, "microbatches": 2})
+    step = ProfiledStep.load(measured_in(tmp_path / "step-00000001", plan, Costs()))
+    forwards = [span.action.microbatch for span in step.executed[0] if span.action.kind is Kind.FORWARD]
+    assert forwards == list(range(6))
+    planned = [span.action for span in step.simulated.spans[0]]
+    assert planned == [span.action for span in step.executed[0]]
+    # In 1f1b rank 0 begins a pass and ends it, so that the passes don't overlap.
+    assert step.simulated.makespan == pytest.approx(3000 * simulate(plan.schedule).makespan)
+
+
+def test_clocks_of_two_machines_are_brought_together(tmp_path: Path) -> None:
+    plan = plan_of(2, pipeline={"degree": 2, "microbatches": 4})
+    one = ProfiledStep.load(measured_in(tmp_path / "one" / "step-00000001", plan, Costs()))
+    apart = measured_in(
+        tmp_path / "two" / "step-00000001",
+        plan,
+        Costs(),
+        machine_of=("left", "right"),
+        zero_of={"left": 5.0, "right": 90_000.0},
+    )
+    two = ProfiledStep.load(apart)
+    for there, here in zip(two.executed, one.executed, strict=True):
+        assert [span.start for span in there] == pytest.approx([span.start for span in here])
+
+
+def test_where_only_some_ranks_were_measured_the_picture_says_so(tmp_path: Path) -> None:
+    plan = plan_of(4, pipeline={"degree": 2, "microbatches": 4}, tensor_parallel=2)
+    folder = measured_in(tmp_path / "step-00000003", plan, Costs(), ranks=(1,))
+    step = ProfiledStep.load(folder)
+    assert step.durations[Kind.FORWARD] == [pytest.approx(1000), None]
+    assert step.simulated.makespan == pytest.approx(1000 * simulate(plan.schedule).makespan)
+    _, svg = draw_profile(folder)
+    words = "\n".join(texts(svg))
+    assert "Only 1 of 4 ranks were profiled: 1." in words
+    assert "Not measured, and taken as the median of the others: stage 1." in words
+    assert "rank 1 (pp 0)" in words and "rank 0" not in words
+
+
+def texts(path: Path) -> list[str]:
+    return [
+        element.text or "" for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def test_the_picture_has_both_timelines_and_what_they_come_to(tmp_path: Path) -> None:
+    plan = plan_of(2, pipeline={"degree": 2, "microbatches": 4})
+    folder = measured_in(tmp_path / "step-00000012", plan, Costs(forward=0.01, backward=0.02))
+    png, svg = draw_profile(folder)
+    words = texts(svg)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "Step 12: 1f1b, pp 2, 4 microbatches" in words
+    assert "Executed: 150.0 ms, bubble 20.0 %" in words
+    assert "Simulated from its medians: 150.0 ms, bubble 20.0 %" in words
+    assert words.count("rank 1") == 2
+    numbers = [word for word in words if word in {"0", "1", "2", "3"}]
+    bars = sum(action.kind in COMPUTE for row in plan.schedule.actions for action in row)
+    ticks_at_zero = 2
+    assert len(numbers) == 2 * bars + ticks_at_zero
+
+
+def test_waiting_is_drawn_apart_from_computing(tmp_path: Path) -> None:
+    plan = plan_of(2, pipeline={"degree": 2, "microbatches": 4})
+    folder = measured_in(tmp_path / "step-00000001", plan, Costs())
+    busy = ProfiledStep.load(folder).bubble_fraction
+    spans = RankSpans.load(folder / "rank-00001.spans.json")
+    wait = MeasuredSpan(kind="wait", stage=1, microbatch=0, start=spans.met, end=spans.spans[0].start)
+    spans.model_copy(update={"spans": (wait, *spans.spans)}).save(folder)
+    step = ProfiledStep.load(folder)
+    assert step.waits == [[], [pytest.approx((0.0, 1000.0))]]
+    assert step.bubble_fraction == busy
+
+
+def test_a_folder_without_a_profile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no profile"):
+        draw_profile(tmp_path)
+    (tmp_path / "rank-00000.spans.json").write_text('{"format": 2}')
+    with pytest.raises(DataError, match="holds no spans of this version"):
+        RankSpans.load(tmp_path / "rank-00000.spans.json")
+
+
+# -- small things --------------------------------------------------------------------------------------------------
+
+
+def test_a_large_trace_is_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpsdk.profile.LARGE", 100)
+    small, large = trace_path(tmp_path, 0), trace_path(tmp_path, 1)
+    small.write_text("[]")
+    large.write_text(json.dumps(["x" * 200]))
+    assert compress_if_large(small) == small
+    compressed = compress_if_large(large)
+    assert compressed.name == "rank-00001.pt.trace.json.gz" and not large.exists()
+    assert json.loads(gzip.decompress(compressed.read_bytes())) == ["x" * 200]
+
+
+def test_processes_of_one_machine_agree_on_its_name() -> None:
+    assert machine() == machine() != ""
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_fakes_spans_are_the_plans_actions(tmp_path: Path) -> None:
+    order = profiled(order_in(tmp_path, accumulation=2), steps=(1,))
+    work(order)
+    folder = step_folder(tmp_path, 1)
+    spans = RankSpans.load(folder / "rank-00000.spans.json").spans
+    wanted = [(a.kind.value, a.stage, a.microbatch) for a in order.plan.actions(0)] * 2
+    assert [(span.kind, span.stage, span.microbatch) for span in spans] == wanted
+    assert all(before.end <= after.start for before, after in pairwise(spans))
+    assert len(json.loads(trace_path(folder, 0).read_text())["traceEvents"]) == len(wanted)
