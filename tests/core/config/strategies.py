@@ -151,8 +151,16 @@ def jobs() -> st.SearchStrategy[dict[str, Any]]:
         | sections(name=paths, processes=st.none() | counts, timeout=numbers(0, 1e6, exclude_min=True)),
         output_dir=paths,
         resume=paths,
+        profile=profiles(),
     )
     return st.builds(dict.__or__, model, others)
+
+
+def profiles() -> st.SearchStrategy[Any]:
+    steps = counts | st.lists(counts, min_size=1, unique=True)
+    ranks = st.just("all") | st.lists(st.integers(0, 7), min_size=1, unique=True)
+    named = st.fixed_dictionaries({"steps": steps}, optional={"ranks": ranks})
+    return st.none() | steps | named | sections(steps=st.none(), ranks=st.just("all"))
 
 
 def json_like(*, finite: bool = True) -> st.SearchStrategy[Any]:

@@ -60,7 +60,11 @@ def test_model_may_be_a_hugging_face_configuration() -> None:
             "must be a number > 0 and < 1, a path, or None",
         ),
         ({"model": "a", "resume": ""}, "resume", 'must be "auto", "never", or the path of a checkpoint'),
-        ({"model": "a", "steps": 3}, "steps", "unknown key here; did you mean training.steps?"),
+        (
+            {"model": "a", "steps": 3},
+            "steps",
+            "unknown key here; did you mean training.steps or profile.steps?",
+        ),
         ({"modle": "a"}, "modle", "unknown key; did you mean model?"),
     ],
 )
