@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,14 @@ LLAMA = {
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 112,
     "tie_word_embeddings": True,
 }  # fmt: skip
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    # as narrow as tensor parallelism over two ranks allows, and two blocks for each of four ranks
+    "gpt2-deep": GPT2 | {"n_layer": 8, "n_embd": 32, "n_head": 4},
+    "llama-deep": LLAMA | {"num_hidden_layers": 8, "hidden_size": 32, "num_attention_heads": 4,
+                           "num_key_value_heads": 2, "intermediate_size": 48},
+}  # fmt: skip
 SEQUENCE_LENGTH = 16
 GLOBAL_BATCH = 16
 Piece = tuple[
@@ -121,6 +129,14 @@ def train(
         return outcome
     finally:
         backend.close()
+
+
+def train_each(place: Place, jobs: Sequence[tuple[Plan, int]]) -> list[Outcome]:
+    """`train` under each plan for so many steps, one after the other."""
+    return [
+        train(replace(place, store=f"{place.store}-{number}"), plan, steps)
+        for number, (plan, steps) in enumerate(jobs)
+    ]
 
 
 def evaluate_then_train(place: Place, plan: Plan, steps: int) -> tuple[list[float], list[float]]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.torch.cases import Outcome, assemble, evaluate_then_train, make_plan, train
+from tests.torch.cases import Outcome, assemble, evaluate_then_train, make_plan, train, train_each
 from tests.torch.pool import WorkerPool
 
 BOUND = 1e-5
+FAMILIES = ("gpt2", "llama")
 
 INTERLEAVED = {"degree": 2, "microbatches": 2, "schedule": "interleaved", "virtual_stages": 2}
 ZB_H1 = {"degree": 2, "microbatches": 4, "schedule": "zb-h1"}
@@ -59,6 +61,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"pipeline": {"degree": 2, "microbatches": 2}, "sharded_data_parallel": 2, "tensor_parallel": 2},
     ),
 }
+SGD = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05, "weight_decay": 0.01, "accumulation": 1}
 RECOMPUTE: dict[str, Any] = {
     "full": "full",
     "full-offload": {"mode": "full", "offload": True},
@@ -109,7 +112,7 @@ def assert_same_weights(outcomes: list[Outcome], expected: list[Outcome]) -> Non
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradients(
     pool: WorkerPool, family: str, layout: str
 ) -> None:
@@ -118,27 +121,84 @@ def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradient
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family: str, layout: str) -> None:
+    """Without accumulation, which the steps of AdamW have."""
     world_size, distribution = LAYOUTS[layout]
-    settings = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.05, "weight_decay": 0.01}
-    outcomes = run(pool, family, world_size, distribution, 10, **settings)
-    expected = reference(pool, family, 10, **settings)
+    outcomes = run(pool, family, world_size, distribution, 10, **SGD)
+    expected = reference(pool, family, 10, **SGD)
     assert_parity(outcomes, expected)
     assert_same_weights(outcomes, expected)
 
 
-@pytest.mark.parametrize(
-    "layout", ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2", "pp2-tp2-zb-h1", "pp2-sdp2-zb-v"]
-)
-@pytest.mark.parametrize("mode", RECOMPUTE)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_recompute_changes_no_digit_that_matters(
-    pool: WorkerPool, family: str, mode: str, layout: str
-) -> None:
+RECOMPUTED = [
+    *product(FAMILIES, ["single", "sdp2-parameters", "pp2-tp2", "pp2-sdp2-tp2", "pp2-tp2-zb-h1", "pp2-sdp2-zb-v"]),
+    ("gpt2", "pp2-sdp2-interleaved"), ("llama", "pp2-tp2-interleaved"),
+    ("llama", "pp2-sdp2-zb-h1"), ("gpt2", "pp2-tp2-zb-v"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recomputed(request: pytest.FixtureRequest, pool: WorkerPool) -> dict[str, list[Outcome]]:
+    """For each way of recomputing, two steps: all in one visit to the pool."""
+    family, layout = request.param
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
-    distribution = distribution | {"activation_checkpointing": RECOMPUTE[mode]}
-    assert_parity(run(pool, family, world_size, distribution, 3), reference(pool, family, 3))
+    plans = [
+        make_plan(family, world_size, distribution | {"activation_checkpointing": mode})
+        for mode in RECOMPUTE.values()
+    ]
+    by_rank = pool.run(world_size, train_each, [(plan, 2) for plan in plans])
+    return dict(zip(RECOMPUTE, map(list, zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("family", "recomputed"),
+    [pytest.param(family, (family, layout), id=f"{family}-{layout}") for family, layout in RECOMPUTED],
+    indirect=["recomputed"],
+)
+def test_recompute_changes_no_digit_that_matters(
+    pool: WorkerPool, family: str, recomputed: dict[str, list[Outcome]], mode: str
+) -> None:
+    assert_parity(recomputed[mode], reference(pool, family, 2))
+
+
+DEEP: dict[str, tuple[int, dict[str, Any]]] = {
+    f"pp4{extent and '-'}{extent}-{pipeline['schedule']}": (
+        8 if extent else 4,
+        {"pipeline": pipeline | {"degree": 4, "microbatches": 4 if extent else 8}, **more},
+    )
+    for pipeline in (INTERLEAVED, ZB_H1, ZB_V)
+    for extent, more in {
+        "": {},
+        "sdp2": {"sharded_data_parallel": 2},
+        "tp2": {"tensor_parallel": 2},
+    }.items()
+}
+
+
+@pytest.mark.parametrize("layout", DEEP)
+def test_four_stages_of_two_blocks_give_the_single_process_results_with_and_without_recompute(
+    pool: WorkerPool, layout: str
+) -> None:
+    """Ten steps of AdamW under full recompute, ten of SGD under selective recompute, two that keep everything."""
+    world_size, distribution = DEEP[layout]
+    runs: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("llama-deep", "full", 10, {"accumulation": 1}),
+        ("gpt2-deep", "selective-both", 10, SGD),
+        ("llama-deep", "none", 2, {"accumulation": 1}),
+    ]
+    jobs = []
+    for family, mode, steps, training in runs:
+        whole = distribution | {"activation_checkpointing": RECOMPUTE.get(mode, mode)}
+        jobs.append((make_plan(family, world_size, whole, **training), steps))
+    for by_rank, (family, _, steps, training) in zip(
+        zip(*pool.run(world_size, train_each, jobs), strict=True), runs, strict=True
+    ):
+        outcomes, expected = list(by_rank), reference(pool, family, steps, **training)
+        assert_parity(outcomes, expected)
+        if training is SGD:
+            assert_same_weights(outcomes, expected)
 
 
 UNEVEN: dict[str, tuple[int, dict[str, Any]]] = {
