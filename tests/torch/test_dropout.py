@@ -8,25 +8,34 @@ import numpy as np
 import pytest
 import torch
 
+from mpsdk.plan import Plan
 from mpsdk_torch.dropout import Moment, Site, dropout
-from tests.torch.cases import Outcome, assemble, make_plan, train
+from tests.torch.cases import Outcome, assemble, make_plan, train_each
 from tests.torch.pool import WorkerPool
 from tests.torch.test_parity import LAYOUTS, RECOMPUTE
 
+MODES: dict[str, Any] = {"none": "none", **RECOMPUTE}
 
-def trained(pool: WorkerPool, layout: str, recompute: Any, **training: Any) -> list[Outcome]:
+
+def plan_of(layout: str, recompute: Any = "none", **training: Any) -> Plan:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     distribution = distribution | {"activation_checkpointing": recompute}
-    plan = make_plan("gpt2", world_size, distribution, **({"dropout": 0.1} | training))
-    return pool.run(world_size, train, plan, 3)
+    return make_plan("gpt2", world_size, distribution, **({"dropout": 0.1} | training))
 
 
-@pytest.mark.parametrize("layout", ["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"])
+@pytest.fixture(scope="module", params=["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"])
+def by_mode(request: pytest.FixtureRequest, pool: WorkerPool) -> dict[str, list[Outcome]]:
+    """For each way of recomputing, three steps in the same layout."""
+    plans = [plan_of(request.param, mode) for mode in MODES.values()]
+    by_rank = pool.run(plans[0].world_size, train_each, [(plan, 3) for plan in plans])
+    return dict(zip(MODES, map(list, zip(*by_rank, strict=True)), strict=True))
+
+
 @pytest.mark.parametrize("mode", RECOMPUTE)
 def test_recompute_on_and_off_are_bit_identical_with_dropout(
-    pool: WorkerPool, layout: str, mode: str
+    by_mode: dict[str, list[Outcome]], mode: str
 ) -> None:
-    kept, recomputed = trained(pool, layout, "none"), trained(pool, layout, RECOMPUTE[mode])
+    kept, recomputed = by_mode["none"], by_mode[mode]
     assert recomputed[0].losses == kept[0].losses
     assert recomputed[0].norms == kept[0].norms
     actual, expected = (assemble([p for o in some for p in o.state]) for some in (recomputed, kept))
@@ -35,9 +44,8 @@ def test_recompute_on_and_off_are_bit_identical_with_dropout(
 
 
 def test_dropout_is_applied_and_repeats_from_run_to_run(pool: WorkerPool) -> None:
-    first, again, without = (
-        trained(pool, "single", "none", dropout=rate)[0].losses for rate in (0.1, 0.1, 0.0)
-    )
+    jobs = [(plan_of("single", dropout=rate), 3) for rate in (0.1, 0.1, 0.0)]
+    first, again, without = (outcome.losses for outcome in pool.run(1, train_each, jobs)[0])
     assert first == again
     assert first[0] != without[0]
 
