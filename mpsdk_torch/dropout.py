@@ -2,6 +2,9 @@
 
 The seed of a mask derives from (seed, step, microbatch, block, site), and from the tensor-parallel coordinate where
 the tensor is split, so that recomputation repeats it and a resumed run continues it.
+
+What seeds a generator is kept out of compiled programs, which have random numbers of their own: there the numbers of a moment
+would be constants, and the masks others than without compilation.
 """
 
 from __future__ import annotations
@@ -49,5 +52,10 @@ def dropout(
     """`tensor` with elements dropped while training, the rest scaled by 1 / (1 - probability)."""
     if probability == 0.0 or not training:
         return tensor
+    return _drop(tensor, probability, moment, site)
+
+
+@torch.compiler.disable(reason="it seeds a generator")
+def _drop(tensor: Tensor, probability: float, moment: Moment | None, site: Site) -> Tensor:
     seed_site(moment, site, tensor.device)
     return functional.dropout(tensor, probability)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import Problem
 from mpsdk.families import FAMILIES
+from mpsdk.families.spec import TransformerSpec
 
 
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
@@ -18,14 +21,7 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
                 "sharded_data_parallel.prefetch", 0, "FSDP2 always gathers one block ahead; use 1 or more"
             )
         )
-    if distribution.compile.enabled:
-        problems.append(
-            Problem(
-                "compile",
-                distribution.compile.enabled,
-                "the PyTorch backend does not compile yet; set compile: false",
-            )
-        )
+    problems += _compile_limits(distribution, training, description)
     if distribution.checkpoint.asynchronous:
         problems.append(
             Problem(
@@ -43,3 +39,32 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
             )
         )
     return problems
+
+
+def _compile_limits(
+    distribution: Distribution, training: Training, description: ModelDescription
+) -> Iterator[Problem]:
+    enabled, recompute = distribution.compile.enabled, distribution.activation_checkpointing
+    if enabled == "auto":
+        remedy = "the PyTorch backend does not measure yet whether compiling pays; write true or false"
+        yield Problem("compile", enabled, remedy)
+    if not enabled or recompute.mode != "selective":
+        return
+    # Which results are kept is decided in a block's one graph; the pieces of a block that is not one graph know nothing of it.
+    schedule = distribution.pipeline.schedule
+    if schedule in ("zb-h1", "zb-v"):
+        reason = f'schedule "{schedule}"'
+    elif description.spec is not None and _drops_in_blocks(training, description.spec):
+        reason = "dropout"
+    else:
+        return
+    yield Problem(
+        "activation_checkpointing.mode",
+        recompute.mode,
+        f'can\'t be compiled together with {reason}; set mode to "full" or "none", or compile: false',
+    )
+
+
+def _drops_in_blocks(training: Training, spec: TransformerSpec) -> bool:
+    stated = training.dropout
+    return max(spec.dropout.attention, spec.dropout.residual) > 0 if stated is None else stated > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpsdk.plan import Plan
+from mpsdk_torch.compiled import compile_blocks
 from mpsdk_torch.nn import DistributedLinear, DistributedOutput
 from mpsdk_torch.nn.deferred import deferrable_linear
 from mpsdk_torch.recompute import set_recompute
@@ -14,7 +15,7 @@ from mpsdk_torch.transformer import Transformer
 
 
 def parallelize(plan: Plan, stage: int, groups: Groups) -> Transformer:
-    """Stage number `stage` on this rank's device, cut, recomputing, and sharded; its weights not filled yet."""
+    """Stage number `stage` on this rank's device, cut, recomputing, compiled, and sharded; its weights not filled yet."""
     spec = plan.description.spec
     assert spec is not None
     with torch.device("meta"):  # tensor parallelism: the layers make themselves at this rank's size
@@ -32,6 +33,8 @@ def parallelize(plan: Plan, stage: int, groups: Groups) -> Transformer:
                 layer.linear = deferrable_linear
     pin_memory = groups.device.type == "cuda"
     set_recompute(model, plan.distribution.activation_checkpointing, pin_memory=pin_memory)
+    if plan.distribution.compile.enabled:
+        compile_blocks(model, plan, groups.device)
     if needs_sharding(plan):
         assert groups.sharding is not None
         shard(model, plan, groups.sharding)

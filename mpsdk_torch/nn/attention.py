@@ -39,6 +39,23 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return heads * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """(batch, heads, length, head size) of queries; keys and values may have fewer heads. Causal."""
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+    )
+
+
+@torch.compiler.disable(reason="it seeds a generator")
+def _attend_dropping(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, moment: Moment | None, site: Site
+) -> Tensor:
+    """`_attend` with weights dropped, kept out of compiled programs as `mpsdk_torch.dropout` says."""
+    seed_site(moment, site, query.device)
+    return _attend(query, key, value, dropout)
+
+
 class Attention(nn.Module):
     """Self-attention. Each rank holds heads / t query heads and key_value_heads / t key and value heads.
 
@@ -50,7 +67,6 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.group, self.rotary, self.head_size = group, rotary, spec.head_size
-        self.grouped = spec.heads != spec.key_value_heads
         self.dropout = spec.dropout.attention
         self.site = Site(block, "attention", group.rank)
         width, queries, pairs = (
@@ -69,16 +85,15 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, moment: Moment | None) -> Tensor:
         hidden = enter_parallel(hidden, self.group)
-        query, key, value = (self._heads(layer(hidden)) for layer in (self.query, self.key, self.value))
+        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
         if self.rotary is not None:
             cosine, sine = self.rotary(query.shape[-2], query)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        dropout = self.dropout if self.training else 0.0
-        if dropout:
-            seed_site(moment, self.site, query.device)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=self.grouped
-        )
+        if self.dropout and self.training:
+            mixed = _attend_dropping(query, key, value, self.dropout, moment, self.site)
+        else:
+            mixed = _attend(query, key, value)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:

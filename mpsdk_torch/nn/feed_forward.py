@@ -40,4 +40,5 @@ class FeedForward(nn.Module):
         hidden = enter_parallel(hidden, self.group)
         if self.gate is None:
             return self.down(self.activation(self.up(hidden)))
-        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
+        gate, up = self.gate(hidden), self.up(hidden)
+        return self.down(self.activation(gate) * up)
