@@ -30,7 +30,6 @@ from mpsdk.schedule.draw import (
     RIGHT,
     STYLE,
     TITLE,
-    edge_width,
     frame,
     legend,
     paint_bars,
@@ -58,6 +57,7 @@ _MILLISECONDS = 1000.0
 
 _LEFT = 1.15  # margin in inches, for labels such as `rank 12 (pp 3)`
 _TOP, _BETWEEN = 0.8, 0.6  # inches: the titles above the panels, and between the panels
+_EDGE = 0.4  # points: the line between bars, thin enough to leave something of short ones
 _LEGEND, _LINE = 0.35, 0.16  # inches: the row with the legend, a line of the text below it
 
 
@@ -138,7 +138,7 @@ class ProfiledStep:
 
     @cached_property
     def pipeline(self) -> tuple[float, float]:
-        """From the first action, or the wait for it, to the end of the last."""
+        """When the first action begins and the last one ends, of all that were measured."""
         spans = [(start, end) for rank in self.executed for _, start, end in rank]
         return min(start for start, _ in spans), max(end for _, end in spans)
 
@@ -203,7 +203,7 @@ def _repeated(schedule: Schedule, passes: int) -> Schedule:
     return replace(schedule, microbatches=count * passes, actions=actions)
 
 
-def draw_profile(directory: str | Path, *, width: float = 10.0) -> tuple[Path, Path]:
+def draw_profile(directory: str | Path, *, width: float = 12.0) -> tuple[Path, Path]:
     """Draw the step profiled in `directory` into it, as `timeline.png` and `timeline.svg`.
 
     Above, what the measured ranks did; below, over the same milliseconds, what the simulator makes of it when every action
@@ -243,7 +243,7 @@ def draw_profile(directory: str | Path, *, width: float = 10.0) -> tuple[Path, P
     height = _TOP + upper * row + _BETWEEN + lower * row + bottom
     inner = width - _LEFT - RIGHT
     unit = 72 * inner / extent[1]
-    edge = edge_width([*step.executed, *planned], unit)
+    edge = _EDGE if unit * median(_lengths([*step.executed, *planned])) > 4 else 0.0
     png, svg = Path(directory, PICTURE), Path(directory, PICTURE).with_suffix(".svg")
     with rc_context({**STYLE, "hatch.linewidth": 0.6, "hatch.color": _WAIT_LOOK["edgecolor"]}):
         figure: Any = Figure(figsize=(width, height))
@@ -286,6 +286,10 @@ def draw_profile(directory: str | Path, *, width: float = 10.0) -> tuple[Path, P
         figure.savefig(png, dpi=160)
         figure.savefig(svg, metadata={"Date": None})
     return png, svg
+
+
+def _lengths(rows: Iterable[Sequence[Span]]) -> list[float]:
+    return [end - start for spans in rows for _, start, end in spans]
 
 
 def _title(step: ProfiledStep) -> str:

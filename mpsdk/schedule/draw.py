@@ -70,7 +70,7 @@ def draw(timeline: Timeline, path: str | Path, *, width: float = 10.0) -> None:
         figure: Any = Figure(figsize=(width, height))
         axes = figure.add_axes((LEFT / width, BOTTOM / height, inner / width, ranks * row / height))
         unit = 72 * inner / (timeline.makespan or 1.0)
-        edge = edge_width(timeline.spans, unit)
+        edge = _edge_width(timeline.spans, unit)
         for rank, spans in enumerate(timeline.spans):
             axes.broken_barh([(0, timeline.makespan)], (rank + 0.04, 0.92), facecolor=IDLE)
             paint_bars(axes, rank, spans, timeline.schedule, unit=unit, height=72 * row, edge=edge)
@@ -94,7 +94,7 @@ def paint_bars(
     """A rank's bars in row `row`, with the numbers of their microbatches where they fit.
 
     `unit` is the width of a unit of time and `height` the height of a row, both in points; `edge` is the width of the white
-    line around a bar, see `edge_width`.
+    line around a bar.
     """
     chunk_of = _chunks(schedule)
     places: dict[tuple[Kind, int], list[tuple[float, float]]] = {}
@@ -118,7 +118,7 @@ def paint_bars(
         axes.broken_barh(bars, (row + 0.04, 0.92), facecolor=colour, edgecolor="white", linewidth=edge)
 
 
-def edge_width(rows: Iterable[Sequence[Span]], unit: float) -> float:
+def _edge_width(rows: Iterable[Sequence[Span]], unit: float) -> float:
     """Of the white line around bars, in points: none where the shortest bar is too narrow for it."""
     durations = [end - start for spans in rows for _, start, end in spans if end > start]
     return 0.6 if unit * min(durations, default=0.0) > 4 else 0.0
