@@ -14,6 +14,7 @@ from mpsdk.errors import BackendError, ConfigError, Problem
 from mpsdk.families import FAMILIES
 from mpsdk.plan import Plan
 from mpsdk_torch.checkpoint import fill_optimizer, fill_weights, rank_state
+from mpsdk_torch.compiled import prepare_compiler
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.parallelize import parallelize
 from mpsdk_torch.parameters import held_parameters
@@ -47,6 +48,8 @@ class TorchBackend:
     def build(self, plan: Plan, place: Place) -> None:
         device = join(place)
         groups = make_groups(plan, place, device, sharding=needs_sharding(plan))
+        if plan.distribution.compile.enabled:
+            prepare_compiler(device, place.note)
         stages = {number: parallelize(plan, number, groups) for number in plan.stages_of(place.rank)}
         held = held_parameters(plan, stages, tp=groups.coordinates.tp, sdp=groups.coordinates.sdp)
         loss_scale = LossScale(plan.distribution.precision, device)
