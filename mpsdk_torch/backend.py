@@ -14,7 +14,7 @@ from mpsdk.errors import BackendError, ConfigError, Problem
 from mpsdk.families import FAMILIES
 from mpsdk.plan import Plan
 from mpsdk_torch.checkpoint import fill_optimizer, fill_weights, rank_state
-from mpsdk_torch.compiled import prepare_compiler
+from mpsdk_torch.compiled import forget_programs, prepare_compiler
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.parallelize import parallelize
 from mpsdk_torch.parameters import held_parameters
@@ -74,6 +74,8 @@ class TorchBackend:
         fill_optimizer(self._ready.optimizer, source)
 
     def close(self) -> None:
+        if self._built is not None and self._built.trainer.plan.distribution.compile.enabled:
+            forget_programs()
         self._built = None
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -39,7 +39,7 @@ def prepare_compiler(device: torch.device, note: Callable[[str], None]) -> None:
 
     Raises BackendError when it doesn't work.
     """
-    torch.compiler.reset()
+    forget_programs()
     # Else torch goes on without compiling what has had too many programs, and only logs it.
     torch.compiler.config.fail_on_recompile_limit_hit = True
     _tell(note)
@@ -79,6 +79,11 @@ def compile_blocks(stage: Transformer, plan: Plan, device: torch.device) -> None
             block.attention.rotary(plan.training.sequence_length, like)
 
 
+def forget_programs() -> None:
+    """Let go of all programs, and of the process groups that they hold."""
+    torch.compiler.reset()
+
+
 def is_whole(plan: Plan) -> bool:
     """Whether a block is one graph in training under `plan`."""
     spec = plan.description.spec
@@ -93,8 +98,8 @@ def _leave_out_linear_layers(block: Block) -> None:
 
 
 def _tell(note: Callable[[str], None]) -> None:
-    # A first step may compile for minutes, and a rank that notes nothing for long is taken for hung. There is no public
-    # call that tells of a compilation; `torch.compiler.reset` drops these.
+    # A first step may compile for minutes, and a rank that notes nothing for long is taken for hung. There is no public call
+    # that tells of a compilation; `torch.compiler.reset` drops what is registered here.
     from torch._dynamo import callback_handler
 
     callback_handler.register_start_callback(lambda _: note("compiling"))

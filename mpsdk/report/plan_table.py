@@ -144,7 +144,8 @@ def _facts(plan: Plan, estimate: Estimate) -> Iterator[tuple[str, str]]:
     kept = f", keeping {' and '.join(recompute.keep)}" if recompute.mode == "selective" else ""
     offload = ", inputs of blocks in CPU memory" if recompute.offload else ""
     yield "recompute", f"{recompute.mode}{kept}{offload}"
-    yield "precision", f"{distribution.precision.mode}{', compiled' if distribution.compile.enabled else ''}"
+    compiled = "; compiled, activations estimated as if not" if distribution.compile.enabled else ""
+    yield "precision", f"{distribution.precision.mode}{compiled}"
     if model.vocab_size:
         padding = (
             f", padded to {plan.padded_vocab_size}" if plan.padded_vocab_size != model.vocab_size else ""

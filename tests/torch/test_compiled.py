@@ -104,7 +104,7 @@ def assert_as_eager(pool: WorkerPool, family: str, reports: list[Report], *, pro
 # One program to train with and one to evaluate with. A block with deferred weight gradients has five parts between its linear
 # layers: norm; attention; residual and norm; activation; residual. With tensor parallelism the gathers before attention and
 # feed-forward are two more.
-WHOLE = [
+WHOLE: list[Any] = [
     ("gpt2", "single", "none", 2),
     ("llama", "sdp2-parameters", "none", 2),
     ("gpt2", "sdp2-optimizer", "full", 2),
@@ -113,7 +113,7 @@ WHOLE = [
     ("llama", "single", "selective-attention", 2),
     ("gpt2", "pp2", "full-offload", 3),  # its forward keeps no graph, its recompute does
     ("llama", "pp2-tp2-interleaved", "none", 2),
-    ("gpt2", "pp2-sdp2-tp2", "none", 2),
+    pytest.param("gpt2", "pp2-sdp2-tp2", "none", 2, marks=pytest.mark.long),
 ]
 BROKEN = [
     ("gpt2", "pp2-sdp2-zb-h1", "none", 10),
@@ -143,7 +143,7 @@ def test_a_split_backward_trains_as_eager(
     [
         ("gpt2", "single", 2),
         pytest.param("llama", "sdp2-parameters", 2, marks=pytest.mark.long),
-        ("llama", "tp2", 2),
+        pytest.param("llama", "tp2", 2, marks=pytest.mark.long),
         pytest.param("llama", "pp2-sdp2-zb-v", 10, marks=pytest.mark.long),
         pytest.param("gpt2", "pp2-tp2-interleaved", 2, marks=pytest.mark.long),
         pytest.param("gpt2", "pp2-tp2-zb-h1", 14, marks=pytest.mark.long),
@@ -223,11 +223,9 @@ def attentions(place: Place, plan: Plan) -> int:
 @pytest.mark.parametrize(
     ("layout", "recompute", "times"),
     [
-        ("pp2", "none", 1),
         ("pp2", "full", 2),
         ("pp2", "selective-attention", 1),
         ("pp2-zb-h1", "none", 1),
-        ("pp2-zb-h1", "full", 2),
     ],
 )
 def test_a_block_runs_as_often_as_recompute_says(
