@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mpsdk.report.display import quantity
+
 _INK, _FAINT, _GRID = "#222222", "#8a8a8a", "#e6e6e6"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito's: apart for the colour-blind as well
 _MARKERS = ("o", "s", "D")
@@ -77,6 +79,8 @@ def _strong(axes: Any, points: Points) -> None:
 
 
 def _predicted(axes: Any, rows: Points) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     milliseconds = [1000 * seconds for row in rows for seconds in (row["measured"], row["predicted"])]
     low, high = min(milliseconds) / 1.4, max(milliseconds) * 1.4
     axes.fill_between(
@@ -95,12 +99,14 @@ def _predicted(axes: Any, rows: Points) -> None:
             markersize=8,
             label=f"{count} rank{'s' if count > 1 else ''}",
         )
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
     axes.set_xlabel("measured, ms a step", color=_INK)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_locator(NullLocator())
     _clean(axes)
-    _titles(axes, "The model's error, measured on a CPU", "predicted, ms a step; grey: within a quarter")
+    _titles(axes, "The model's error, on a CPU", "predicted, ms a step; grey: within a quarter")
     axes.legend(frameon=False, loc="upper left")
 
 
@@ -210,7 +216,7 @@ def _scaling(points: Points, scaling: str) -> Iterator[str]:
             f"{axes}; {more}",
             f"{point['peak'] / 1e9:.0f} GB",
             f"{time['seconds']:.3g} s",
-            _tokens(time["tokens_per_second"], 0),
+            quantity(time["tokens_per_second"]),
             f"{time['mfu']:.0%}",
             f"{time['bubble'] / time['seconds']:.0%}",
             f"{sum(time['exposed'].values()) / time['seconds']:.0%}",
