@@ -6,6 +6,7 @@ case to the first `world_size` of them.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -78,6 +79,7 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # makes the collections below quick
     while True:
         try:
             case, place, arguments = connection.recv()
@@ -93,6 +95,8 @@ def _serve(connection: Connection) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         connection.send(answer)
+        del answer
+        gc.collect()  # a process group that is left to the cycle collector keeps a thread that polls its sockets
 
 
 def _stay_on_a_core(rank: int) -> None:
