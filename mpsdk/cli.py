@@ -126,6 +126,10 @@ def plan(
     from mpsdk.estimator import Estimator
     from mpsdk.report.plan_table import plan_text
 
+    if compare and (save is not None or schedule_picture is not None):
+        raise typer.BadParameter(
+            "--save and --schedule-picture are of one plan; leave them out, or --compare"
+        )
     estimator = Estimator.from_file(job)
     if compare:
         _compare(job, estimator, compare, world_size, device, as_json)

@@ -238,6 +238,12 @@ def test_compare_without_a_device_has_no_times(mpsdk: Mpsdk, job: Path, layouts:
     assert [(row["fits"], row["step_time"]) for row in rows] == [(None, None)] * 2
 
 
+def test_what_is_of_one_plan_is_refused_beside_a_comparison(mpsdk: Mpsdk, job: Path, tmp_path: Path) -> None:
+    outcome = mpsdk("plan", job, "--compare", job, "--save", tmp_path / "plan.json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "are of one plan" in " ".join(outcome.err.replace("│", " ").split())
+
+
 def test_comparing_a_distribution_that_is_wrong_is_a_row_too(mpsdk: Mpsdk, job: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("pipline: 2", encoding="utf-8")
