@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,13 +95,14 @@ def is_whole(plan: Plan) -> bool:
 def _leave_out_linear_layers(block: Block) -> None:
     for layer in block.modules():
         if isinstance(layer, DistributedLinear):
-            layer.forward = torch.compiler.disable(layer.forward, reason="its weight gradient is deferred")
+            eager: Any = torch.compiler.disable(layer.forward, reason="its weight gradient is deferred")
+            layer.forward = eager
 
 
 def _tell(note: Callable[[str], None]) -> None:
     # A first step may compile for minutes, and a rank that notes nothing for long is taken for hung. There is no public call
     # that tells of a compilation; `torch.compiler.reset` drops what is registered here.
-    from torch._dynamo import callback_handler
+    from torch._dynamo.callback import callback_handler
 
     callback_handler.register_start_callback(lambda _: note("compiling"))
     callback_handler.register_end_callback(lambda _: note("compiled"))
