@@ -37,6 +37,10 @@ class Reduction(Protocol):
 
     def after_weight_gradients(self, stage: int, *, last: bool) -> None: ...
 
+    def finish(self) -> None:
+        """Wait for what is still being reduced at the end of a step."""
+        ...
+
 
 class Watch:
     """Told what a step does, while it does it. This one looks away; `mpsdk_torch.profile.Recorder` measures."""
@@ -92,6 +96,9 @@ class Executor:
                 pass_.do(action)
         with self.watch.phase(SENDS):
             self._finish()
+        if final:
+            self.note("waiting for gradients of other data ranks")
+            self.reduction.finish()
 
     @torch.no_grad()
     def evaluate(self, actions: Sequence[Action]) -> None:

@@ -15,7 +15,7 @@ from mpsdk_torch.comm import TensorGroup
 def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group: TensorGroup) -> Tensor:
     """Sum of the token losses, in fp32; a label of -100 adds nothing, padding rows of the vocabulary take no part.
 
-    Memory: one fp32 copy of the logits is kept for the backward, which turns it into the gradient in place.
+    Memory: fp32 logits are used up, their memory becoming the gradient's; of others one fp32 copy is kept for the backward.
 
     Shapes: logits (batch, length, rows / t) of this rank's rows, labels (batch, length); a scalar, equal on all ranks
     of the group.
@@ -35,7 +35,9 @@ class _CrossEntropy(torch.autograd.Function):
         tokens, rows = logits.shape
         first = group.rank * rows
         valid = max(0, min(rows, vocab_size - first))  # a rank may hold padding rows alone
-        exponentials = logits[:, :valid].to(torch.float32, copy=True)
+        # Nobody else reads the logits: a linear map's backward has no use for its result.
+        whole = logits.detach().float()
+        exponentials = whole[:, :valid]
         largest = exponentials.new_full((tokens,), torch.finfo(torch.float32).min)
         if valid:
             torch.amax(exponentials, dim=-1, out=largest)
@@ -52,19 +54,15 @@ class _CrossEntropy(torch.autograd.Function):
         if group.handle is not None:
             dist.all_reduce(sums, group=group.handle)
         used = labels != IGNORED_LABEL
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), index, here, used)
-        ctx.rows, ctx.dtype = rows, logits.dtype
-        return ((sums[0].log() - sums[1]) * used).sum()
+        loss = ((sums[0].log() - sums[1]) * used).sum()
+        if valid:  # what is left for the backward: the gradient, but for one factor a token
+            exponentials.scatter_add_(-1, index, -(here * sums[0]).unsqueeze(-1))
+        whole[:, valid:].zero_()
+        ctx.save_for_backward(whole, used / sums[0])
+        ctx.dtype = logits.dtype
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, index, here, used = ctx.saved_tensors
-        valid = softmax.shape[-1]
-        if valid:
-            softmax.scatter_add_(-1, index, -here.to(softmax.dtype).unsqueeze(-1))
-        softmax.mul_((used * gradient).unsqueeze(-1))
-        if valid == ctx.rows:
-            return softmax.to(ctx.dtype), None, None, None
-        padded = softmax.new_zeros((softmax.shape[0], ctx.rows), dtype=ctx.dtype)
-        padded[:, :valid] = softmax
-        return padded, None, None, None
+        whole, factors = ctx.saved_tensors
+        return whole.mul_((factors * gradient).unsqueeze(-1)).to(ctx.dtype), None, None, None

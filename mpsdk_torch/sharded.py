@@ -1,7 +1,8 @@
-"""Data parallelism on FSDP2: shards, replicas, both, and mixed precision.
+"""Sharded data parallelism and mixed precision on FSDP2, with or without replicas.
 
-FSDP2 wraps a stage whenever there are several data ranks or the compute dtype is not fp32 (on a mesh of one rank it
-communicates nothing and only keeps the fp32 weights apart from their low-precision copies).
+FSDP2 wraps a stage whenever there are several shards or the compute dtype is not fp32 (on a mesh of one rank it
+communicates nothing and only keeps the fp32 weights apart from their low-precision copies). Replicas of plain fp32 weights
+need no copies and do without it: `mpsdk_torch.replicated`.
 
 | level        | whole parameters        | gradients reduced   |
 |--------------|-------------------------|---------------------|
@@ -9,7 +10,8 @@ communicates nothing and only keeps the fp32 weights apart from their low-precis
 | `gradients`  | during the step         | after each backward |
 | `optimizer`  | during the step         | once a step         |
 
-Replicas are summed once a step at every level.
+Replicas are summed once a step at every level. At level `parameters` the last block and the head stay whole until their
+backward where that comes directly after the forward: it would gather them again at once.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mpsdk_torch.transformer import Transformer
 
 
 def needs_sharding(plan: Plan) -> bool:
-    return plan.data_size > 1 or plan.distribution.precision.mode != "fp32"
+    return plan.degrees.sdp > 1 or plan.distribution.precision.mode != "fp32"
 
 
 def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
@@ -47,6 +49,9 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
         if isinstance(stage.embedding, FSDPModule):
             stage.embedding.set_unshard_in_backward(False)  # a lookup's gradient needs no weights
     fully_shard(stage, **options)
+    if isinstance(stage.head, FSDPModule) and plan.schedule.turns_at_once:
+        for unit in (blocks[-1], stage.head):
+            unit.set_reshard_after_forward(False)
     for unit in _units(stage):
         unit.set_gradient_divide_factor(1.0)  # the loss is already divided by the global count of tokens
         # Else gloo refuses the factor, and NCCL up to torch 2.13 returned zero gradients in bf16 (pytorch#190745).
@@ -90,6 +95,9 @@ class ShardedReduction:
         for group in groups:
             group.post_backward()
         state._root_post_backward_final_callback()
+
+    def finish(self) -> None:
+        """FSDP2 waits at the end of each backward."""
 
 
 def release(stage: nn.Module) -> None:

@@ -18,7 +18,8 @@ from mpsdk_torch.executor import Executor, Watch
 from mpsdk_torch.loss import cross_entropy_sum
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.precision import COMPUTE_DTYPES
-from mpsdk_torch.sharded import ShardedReduction, release
+from mpsdk_torch.replicated import ReplicatedReduction
+from mpsdk_torch.sharded import ShardedReduction, needs_sharding, release
 from mpsdk_torch.topology import Groups
 from mpsdk_torch.transformer import Transformer
 
@@ -56,7 +57,9 @@ class Trainer:
             stage_rank=plan.schedule.stage_rank,
             links=groups.links,
             hidden=self._empty_hidden,
-            reduction=ShardedReduction(stages, plan),
+            reduction=ShardedReduction(stages, plan)
+            if needs_sharding(plan)
+            else ReplicatedReduction(stages, groups.data),
             note=self._note,
         )
 

@@ -116,9 +116,7 @@ class Account:
     @property
     def copies(self) -> bool:
         """Whether layers compute with other buffers than those that are updated."""
-        shared = self.degree > 1 and self.sharding.shares_parameters
-        eager = self.framework.gathers_copies and self.plan.data_size > 1
-        return shared or eager or self.compute != FP32
+        return self.compute != FP32 or (self.degree > 1 and self.sharding.shares_parameters)
 
     @property
     def reduces_each(self) -> bool:
@@ -149,6 +147,26 @@ class Account:
         passing = [[u.padded(self.degree) for u in units if u.kind != ENDS] for units in self.units.values()]
         windows = (sum(stage[at : at + 1 + ahead]) for stage in passing for at in range(len(stage)))
         return self.compute * (always + max(windows))
+
+    def turns(self, stage: int, unit: int) -> bool:
+        """Whether unit number `unit` of `stage` stays whole between its forward and its backward: the last block and the
+        head, where the one follows directly on the other."""
+        if not (self.is_last(stage) and self.plan.schedule.turns_at_once):
+            return False
+        kinds = [one.kind for one in self.units[stage]]
+        return kinds[unit] in ("head", ENDS) or (kinds[unit] == "block" and "block" not in kinds[unit + 1 :])
+
+    @property
+    def gathered_for_loss(self) -> int:
+        """Bytes of whole weights while the loss is made."""
+        if not self.copies:
+            return 0
+        stage = self.stages[-1]
+        return self.compute * sum(
+            unit.padded(self.degree)
+            for number, unit in enumerate(self.units[stage])
+            if self.sharding.gathers == "stage" or self.turns(stage, number)
+        )
 
     def gathers_in_vain(self, stage: int) -> int:
         """Gathers of the last unit of `stage` that nobody waits for, in a step.

@@ -44,9 +44,8 @@ def block_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
 def head_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What the head and the loss keep; logits themselves are dropped as soon as the loss has read them."""
     kept = {**_norm("output", spec, sizes, kernels), "head.input": sizes.whole_hidden}
-    kept["loss.softmax"] = sizes.tokens * sizes.words * FP32
-    kept["loss.index"] = sizes.tokens * INDEX  # where the label is in this rank's rows
-    kept["loss.masks"] = 2 * sizes.tokens  # whether it is there, whether it counts
+    kept["loss.exponentials"] = sizes.tokens * sizes.vocabulary * FP32
+    kept["loss.factors"] = sizes.tokens * FP32
     return kept
 
 
@@ -111,15 +110,15 @@ def block_workspace(
 
 
 def loss_workspace(sizes: Sizes) -> int:
-    """Beside the softmax that is kept, and turned into its gradient in place: the logits, or their gradient."""
-    return sizes.tokens * sizes.vocabulary * sizes.compute
+    """Beside the fp32 exponentials that are kept, and turned into the gradient in place: in fp32, where they take the
+    logits' memory, nothing of that size; else the logits, or their gradient."""
+    return sizes.tokens * sizes.vocabulary * sizes.compute if sizes.compute != FP32 else 0
 
 
 def head_workspace(sizes: Sizes) -> int:
-    """Gradients of the logits, of the output projection and of its input, when the loss has let its softmax go."""
+    """Gradients of the logits, of the output projection and of its input, when the loss has let its exponentials go."""
     logits, weight = sizes.tokens * sizes.vocabulary, sizes.width * sizes.vocabulary
-    softmax = sizes.tokens * sizes.words * FP32
-    return max(0, (logits + weight) * sizes.compute + sizes.whole_hidden - softmax)
+    return max(0, (logits + weight) * sizes.compute + sizes.whole_hidden - logits * FP32)
 
 
 def _norm(hidden: str, spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:

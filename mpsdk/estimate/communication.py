@@ -119,10 +119,11 @@ def _sharded(account: Account) -> Iterator[Message]:
     for stage, units in account.units.items():
         for number, unit in enumerate(units):
             gathers = 1
-            if (
-                sharding.gathers == "block"
-            ):  # in forwards and backwards, but a lookup's gradient needs no weights
-                gathers = account.backwards * (1 if unit.kind == "embedding" else 2)
+            if sharding.gathers == "block":  # in forwards and, unless whole still, in backwards
+                stays = unit.kind == "embedding" or account.turns(
+                    stage, number
+                )  # a lookup's gradient needs no weights
+                gathers = account.backwards * (1 if stays else 2)
                 gathers += account.gathers_in_vain(stage) if number == len(units) - 1 else 0
             part = unit.padded(n) // n
             yield Message(("sdp",), "all-gather", f"weights of {unit.kind}", n, part * dtype, gathers)

@@ -79,15 +79,12 @@ def attention_kernel(spec: TransformerSpec, kernels: Kernels, *, fp32: bool) -> 
 class Framework:
     """A framework's mechanisms.
 
-    `gathers_copies`: whether the weights that compute are copies of those that are updated wherever there are several
-    data ranks, even in fp32 and unshared (FSDP2 gathers into buffers of its own on a mesh of one shard too).
     `prefetches_by_past_order`: whether a unit's backward, unless told otherwise, gathers the unit whose forward came before
     its own (FSDP2's default). `stops_recompute_early`: whether computing a block again stops at the last tensor that its
     backward needs (PyTorch's checkpoint without reentrance).
     """
 
     sharding: dict[Level, Sharding]
-    gathers_copies: bool
     prefetches_by_past_order: bool
     stops_recompute_early: bool
     kernels: dict[Device, Kernels]
@@ -118,7 +115,6 @@ TORCH_KERNELS: dict[Device, Kernels] = {
 FRAMEWORKS = {
     "torch": Framework(
         FSDP2,
-        gathers_copies=True,
         prefetches_by_past_order=True,
         stops_recompute_early=True,
         kernels=TORCH_KERNELS,
@@ -126,7 +122,6 @@ FRAMEWORKS = {
 }
 OTHERS = Framework(
     ZERO,
-    gathers_copies=False,
     prefetches_by_past_order=False,
     stops_recompute_early=False,
     kernels=TORCH_KERNELS,

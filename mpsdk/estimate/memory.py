@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpsdk.estimate.account import Account
+from mpsdk.estimate.account import ENDS, Account
 from mpsdk.estimate.activations import (
     Kept,
     block_put_off,
@@ -145,8 +145,8 @@ def _pass(account: Account, share: ShareClass, state: Bytes) -> dict[str, Bytes]
     if account.has_last:
         whole = {ACTIVATIONS: activations, BUFFERS: account.reducing("earlier")}
         found[LOSS] = common | whole | {WORKSPACE: loss_workspace(sizes)}
-        if account.sharding.gathers == "block":  # weights have been let go before the loss
-            found[LOSS] |= {GATHERED: 0}
+        if account.sharding.gathers == "block":  # other weights have been let go before the loss
+            found[LOSS] |= {GATHERED: account.gathered_for_loss}
         found[HEAD] = common | whole | {WORKSPACE: head_workspace(sizes)}
     workspace = {WORKSPACE: block_workspace(spec, sizes, kernels, account.recompute)}
     before = {BUFFERS: account.reducing("head" if account.has_last else "earlier")}
@@ -156,6 +156,11 @@ def _pass(account: Account, share: ShareClass, state: Bytes) -> dict[str, Bytes]
     if account.copies:
         one = max(kept.values())
         found[REDUCE] = common | _reduction(account, in_flight=activations, one=one, head=head, block=block)
+    elif (
+        account.plan.data_size > 1
+    ):  # the gradients that the last backward makes last, joined into one buffer
+        whole, last = FP32 * account.whole, FP32 * account.largest("embedding", ENDS)
+        found[REDUCE] = common | {GRADIENTS: whole, BUFFERS: last or FP32 * account.largest("block")}
     if not many:
         found[LAST] = common | {GRADIENTS: gradients, ACTIVATIONS: block} | workspace | between
     messages = _messages(account, sizes)

@@ -31,7 +31,6 @@ class Sizes:
     head_size: int
     features: int
     vocabulary: int  # rows of the padded vocabulary
-    words: int  # of these, the rows that are no padding
     tensor_parallel: int
     sequence_parallel: bool
 
@@ -69,7 +68,6 @@ def sizes_of(plan: Plan) -> Sizes | None:
         head_size=spec.head_size,
         features=spec.feed_forward_size // t,
         vocabulary=rows,
-        words=min(rows, spec.vocab_size),
         tensor_parallel=t,
         sequence_parallel=sequence_parallel,
     )

@@ -142,11 +142,13 @@ class StageClock:
         gathers, reduces, replicas = self._units(stage)
         block = self.account.sharding.gathers == "block"
         every = self.account.reduces_each and self.account.sharding.shares_gradients
-        embedding = (
-            1 if self.account.is_first(stage) and self.account.units[stage][0].kind == "embedding" else 0
-        )
         each_forward = gathers if block else []
-        each_backward = gathers[embedding:][::-1] if block else []
+        again = [
+            seconds
+            for number, (unit, seconds) in enumerate(zip(self.account.units[stage], gathers, strict=True))
+            if unit.kind != "embedding" and not self.account.turns(stage, number)
+        ]
+        each_backward = again[::-1] if block else []
 
         def of(moment: Moment) -> dict[str, float]:
             if moment.endswith("forward"):

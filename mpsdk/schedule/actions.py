@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from mpsdk.errors import ScheduleError
@@ -115,6 +116,17 @@ class Schedule:
     def splits_backward(self) -> bool:
         """Whether weight gradients are actions of their own, as in zero-bubble schedules."""
         return any(action.kind is Kind.BACKWARD_WEIGHT for action in self.actions[0])
+
+    @cached_property
+    def turns_at_once(self) -> bool:
+        """Whether at the last stage the backward of a microbatch comes directly after its forward."""
+        last = self.stages - 1
+        actions = [action for action in self.actions[self.stage_rank[last]] if action.kind in COMPUTE]
+        return all(
+            (after.stage, after.microbatch) == (last, action.microbatch) and after.kind is not Kind.FORWARD
+            for action, after in pairwise(actions)
+            if action.kind is Kind.FORWARD and action.stage == last
+        )
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that pipeline rank `rank` owns, in model order."""

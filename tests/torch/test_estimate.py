@@ -107,7 +107,7 @@ def kept_bytes(place: Place, plan: Plan) -> int:
 def assert_kept(pool: WorkerPool, plan: Plan) -> None:
     found = estimate(plan, device="cpu")
     for rank, measured in enumerate(pool.run(plan.world_size, kept_bytes, plan)):
-        expected = found.memory_of(rank).activations_of_one - padding_bytes(plan, rank)
+        expected = found.memory_of(rank).activations_of_one
         assert measured == pytest.approx(expected, abs=16)  # the loss and its divisor
 
 
@@ -127,15 +127,6 @@ def test_activations_of_a_microbatch_with_dropout(
 ) -> None:
     world_size, distribution = LAYOUTS[layout]
     assert_kept(pool, make_plan(family, world_size, distribution | MODES[mode] | precision, dropout=0.1))
-
-
-def padding_bytes(plan: Plan, rank: int) -> int:
-    """What the loss keeps less on `rank` than at tensor-parallel coordinate 0, for its padding rows of the vocabulary."""
-    if len(plan.stages) - 1 not in plan.stages_of(rank):
-        return 0
-    rows, words = plan.padded_vocab_size // plan.degrees.tp, plan.description.vocab_size or 0
-    here = max(0, min(rows, words - plan.topology.coordinates(rank).tp * rows))
-    return 4 * plan.microbatch_size * plan.training.sequence_length * (min(rows, words) - here)
 
 
 def held(place: Place, plan: Plan) -> dict[str, int]:
