@@ -1,0 +1,207 @@
+"""mpsdk against what else trains the same model: ratios of speed and of peak memory, in one run.
+
+    python -m benchmarks.peers                          # all matches, both sizes: about 20 minutes on 2 cores
+    python -m benchmarks.peers --size small dp-2 pp-2   # some
+
+Every contender starts from the same weights, takes the same batches in fp32, clips at 1.0 and updates by AdamW; their
+losses must agree, or there is no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.arena import Entry, Result, compete
+from benchmarks.record import machine, write_json
+from benchmarks.sizes import SIZES, Size
+
+LOSS_TOLERANCE = 1e-4  # relative, after the first turn
+PP2 = {"pipeline": {"degree": 2, "microbatches": 4}, "data_parallel": 1}
+
+
+def ours(**distribution: Any) -> Entry:
+    return Entry("mpsdk", "ours:plan", {"distribution": distribution})
+
+
+@dataclass(frozen=True)
+class Match:
+    """Contenders that do the same, mpsdk first; `processes` of them, each with `threads`."""
+
+    processes: int
+    threads: int
+    entries: tuple[Entry, ...]
+
+
+def _data_parallel(processes: int) -> Match:
+    return Match(processes, 1, (ours(data_parallel=processes), Entry("DDP", "loops:ddp")))
+
+
+def _sharded(processes: int) -> Match:
+    peers = Entry("FSDP2 by hand", "loops:fsdp2"), Entry("Accelerate, FSDP2", "loops:accelerate_fsdp2")
+    return Match(processes, 1, (ours(sharded_data_parallel=processes), *peers))
+
+
+MATCHES: dict[str, Match] = {
+    "single": Match(
+        1,
+        2,
+        (
+            ours(),
+            Entry("transformers, AdamW", "loops:plain"),
+            Entry("transformers, fused AdamW", "loops:plain_fused"),
+        ),
+    ),
+    "dp-2": _data_parallel(2),
+    "dp-4": _data_parallel(4),
+    "sdp-2": _sharded(2),
+    "sdp-4": _sharded(4),
+    "pp-2": Match(
+        2,
+        1,
+        (
+            ours(**PP2),
+            Entry("Schedule1F1B, our layers", "schedules:same_layers", {"distribution": PP2}),
+            Entry("Schedule1F1B, transformers", "schedules:transformers", {"distribution": PP2}),
+        ),
+    ),
+}
+
+
+def run(match: str, size: Size, rounds: int) -> list[dict[str, Any]]:
+    """One row a contender."""
+    chosen = MATCHES[match]
+    with TemporaryDirectory(prefix="mpsdk-bench-") as directory:
+        _write_model(size, directory)
+        results = compete(
+            list(chosen.entries),
+            size,
+            world_size=chosen.processes,
+            threads=chosen.threads,
+            rounds=rounds,
+            model=directory,
+        )
+    return [_row(match, size, chosen, results[0], result) for result in results]
+
+
+def _write_model(size: Size, directory: str) -> None:
+    from mpsdk.families import read_model
+    from mpsdk.families.describe import describe_spec
+    from mpsdk.families.export import export
+    from mpsdk.initialise import RandomSource
+
+    spec = read_model(size.config, weights=False).spec
+    export(RandomSource(describe_spec(spec), 0), spec, directory, hf_config=size.config)
+
+
+def _row(match: str, size: Size, chosen: Match, first: Result, result: Result) -> dict[str, Any]:
+    difference = abs(result.losses[0] / first.losses[0] - 1)
+    if not difference <= LOSS_TOLERANCE:
+        raise RuntimeError(f"{result.entry.name} trains something else: its loss is {difference:.1e} off")
+    ratios = [theirs / mine for mine, theirs in zip(first.seconds, result.seconds, strict=True)]
+    lower, median, upper = statistics.quantiles(ratios, n=4)
+    return {
+        "match": match,
+        "size": size.name,
+        "processes": chosen.processes,
+        "contender": result.entry.name,
+        "tokens_per_second": size.tokens_per_step / statistics.median(result.seconds),
+        "speed_ratio": {"median": median, "quartiles": [lower, upper], "rounds": len(ratios)},
+        "peak_memory_bytes": result.memory,
+        "memory_ratio": result.memory / first.memory,
+        "loss_difference": difference,
+    }
+
+
+TITLES = ("size", "match", "contender", "tokens/s", "mpsdk's speed", "quartiles", "peak MiB", "its memory")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table. Ratios: mpsdk's speed over the contender's, the contender's memory over mpsdk's."""
+    ratio = row["speed_ratio"]
+    lower, upper = ratio["quartiles"]
+    own = row["contender"] == "mpsdk"
+    return (
+        row["size"],
+        row["match"],
+        row["contender"],
+        f"{row['tokens_per_second']:,.0f}",
+        "" if own else f"{ratio['median']:.2f} ×",
+        "" if own else f"{lower:.2f} to {upper:.2f}",
+        f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+        "" if own else f"{row['memory_ratio']:.2f} ×",
+    )
+
+
+def print_table(rows: Iterable[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(TITLES):
+        table.add_column(title, justify="left" if number < 3 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    Console(width=120).print(table)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """mpsdk's speed over each contender's: the median of rounds, and the middle half of them as a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in rows if row["contender"] != "mpsdk"][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.34 * len(shown) + 1.3), layout="constrained")
+    for height, row in enumerate(shown):
+        lower, upper = row["speed_ratio"]["quartiles"]
+        colour = "#2a78b8" if row["size"] == "small" else "#d5762b"
+        axes.plot(
+            [lower, upper], [height, height], color=colour, linewidth=5, alpha=0.35, solid_capstyle="round"
+        )
+        axes.plot(row["speed_ratio"]["median"], height, "o", color=colour, markersize=6)
+    axes.axvline(1.0, color="#555555", linewidth=1)
+    axes.set_yticks(
+        range(len(shown)), [f"{row['match']}, {row['size']}: {row['contender']}" for row in shown], fontsize=8
+    )
+    axes.set_xlabel(
+        "speed of mpsdk over the contender's, same run (median and middle half of the rounds)", fontsize=9
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument(
+        "matches", nargs="*", metavar="MATCH", help=f"of: {', '.join(MATCHES)}; by default all"
+    )
+    parser.add_argument("--size", choices=SIZES, action="append", help="by default all")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--out", type=Path, default=Path("build", "benchmarks"), help="where the results go")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.matches) - set(MATCHES):
+        parser.error(f"no match {', '.join(sorted(unknown))}; there are {', '.join(MATCHES)}")
+    rows: list[dict[str, Any]] = []
+    for size in options.size or SIZES:
+        for match in options.matches or MATCHES:
+            rows += run(match, SIZES[size], options.rounds)
+            print_table(row for row in rows if row["match"] == match and row["size"] == size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / "peers.json", {"machine": machine(), "rows": rows})
+    draw(rows, options.out / "peers.svg")
+    print_table(rows)
+    print(f"written: {options.out / 'peers.json'}, {options.out / 'peers.svg'}")
+
+
+if __name__ == "__main__":
+    main()
