@@ -51,8 +51,8 @@ _GPT2 = {
 
 MODELS = (
     Model("GPT-2 1.5B", _GPT2, length=1024, a_rank=16, a_step=4096),
-    Model("Llama 8B", _llama(4096, 32, 32, 14336), length=8192, a_rank=2, a_step=1024),
-    Model("Llama 70B", _llama(8192, 80, 64, 28672), length=8192, a_rank=2, a_step=1024),
+    Model("Llama 8B", _llama(4096, 32, 32, 14336), length=8192, a_rank=2, a_step=512),
+    Model("Llama 70B", _llama(8192, 80, 64, 28672), length=8192, a_rank=2, a_step=512),
 )
 
 
@@ -125,9 +125,13 @@ def _layouts(
             sdp = min(data, 64)
             states = STATE_BYTES_PER_PARAMETER * description.parameters / (tp * pp * sdp)
             microbatches = max(1, batch // data // rows)
-            if states > figures.usable_memory(ranks) or microbatches < 2 * pp - 1 or microbatches > 512:
+            room = figures.usable_memory(ranks) - states
+            if room < 0 or (pp > 1 and not 2 * pp - 1 <= microbatches <= 128):
                 continue
-            levels = ("parameters", "gradients") if microbatches > 1 and sdp > 1 else ("parameters",)
+            levels = ["parameters"]
+            # Weights that stay whole over all microbatches, beside the shares of the states.
+            if sdp > 1 and microbatches > 1 and room > 2 * description.parameters / (tp * pp):
+                levels.append("gradients")
             for level in levels:
                 yield {
                     "pipeline": {"degree": pp, "microbatches": microbatches},

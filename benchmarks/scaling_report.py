@@ -39,6 +39,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _strong(strong, result["curves"])
         if "validation" in result:
             _predicted(error, result["validation"])
+        else:
+            error.set_axis_off()
         figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(path.with_suffix(".png"), dpi=130)
@@ -59,13 +61,9 @@ def _strong(axes: Any, points: Points) -> None:
     for number, (model, row) in enumerate(_by_model(points, "strong")):
         ranks = [point["ranks"] for point in row]
         tokens = [point["time"]["tokens_per_second"] for point in row]
+        most = max(rate / n for rate, n in zip(tokens, ranks, strict=True))
         axes.plot(
-            ranks,
-            [tokens[0] * n / ranks[0] for n in ranks],
-            color=_COLOURS[number],
-            linewidth=0.9,
-            dashes=(4, 3),
-            alpha=0.6,
+            ranks, [most * n for n in ranks], color=_COLOURS[number], linewidth=0.9, dashes=(4, 3), alpha=0.6
         )
         _line(axes, number, ranks, tokens, model)
     _ranks(axes)

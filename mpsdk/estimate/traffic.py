@@ -51,9 +51,10 @@ def stage_work(account: Account, stage: int) -> StageWork:
             backward += Work(3 * sizes.hidden, 2)
         if account.is_last(stage):
             logits = sizes.tokens * sizes.vocabulary
-            # The loss copies the logits in fp32, then: largest, difference, exponential, sum, quotient.
-            forward += Work(2 * sizes.hidden + logits * (sizes.compute + 8 * FP32), 16)
-            backward += Work(3 * sizes.hidden + logits * (3 * FP32 + sizes.compute), 8)
+            cast = sizes.compute + FP32 if sizes.compute != FP32 else 0
+            # The loss: largest, difference, exponential and sum of the logits; later one product.
+            forward += Work(2 * sizes.hidden + logits * (6 * FP32 + cast), 16)
+            backward += Work(3 * sizes.hidden + logits * (2 * FP32 + cast), 8)
     weights = sum((_gradients(account, unit) for unit in account.units[stage]), Work())
     return StageWork(forward, again, backward, weights)
 
