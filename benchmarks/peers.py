@@ -1,7 +1,7 @@
 """mpsdk against what else trains the same model: ratios of speed and of peak memory, in one run.
 
-    python -m benchmarks.peers                          # all matches, both sizes: about 20 minutes on 2 cores
-    python -m benchmarks.peers --size small dp-2 pp-2   # some
+    python -m benchmarks.peers                          # all, into results/peers.json, docs/performance.md and its picture
+    python -m benchmarks.peers --size small dp-2 pp-2   # some, printed only
 
 Every contender starts from the same weights, takes the same batches in fp32, clips at 1.0 and updates by AdamW; their
 losses must agree, or there is no result.
@@ -10,17 +10,23 @@ losses must agree, or there is no result.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.arena import Entry, Result, compete
+from benchmarks.page import fill, head
+from benchmarks.page import row as line
 from benchmarks.record import machine, write_json
 from benchmarks.sizes import SIZES, Size
 
+RESULT = Path(__file__).parent / "results" / "peers.json"
+DOCS = Path(__file__).parents[1] / "docs"
 LOSS_TOLERANCE = 1e-4  # relative, after the first turn
 PP2 = {"pipeline": {"degree": 2, "microbatches": 4}, "data_parallel": 1}
 
@@ -180,6 +186,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def write_page(result: dict[str, Any], page: Path) -> None:
+    """The tables of docs/performance.md."""
+    found = result["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    about = f"{found['processor']}, {found['cores']} cores, {found['system']}; Python {found['python']}, {packages}."
+    tables = {"machine": [f"Measured on {result['measured_at']}: {about}"]}
+    for size in SIZES.values():
+        rows = [cells(entry)[1:] for entry in result["rows"] if entry["size"] == size.name]
+        tables[size.name] = [*head(*TITLES[1:]), *(line(*shown) for shown in rows)]
+    fill(page, tables)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument(
@@ -187,20 +205,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--size", choices=SIZES, action="append", help="by default all")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("build", "benchmarks"), help="where the results go")
+    parser.add_argument(
+        "--only-docs", action="store_true", help="the picture and the tables again, from peers.json"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.matches) - set(MATCHES):
         parser.error(f"no match {', '.join(sorted(unknown))}; there are {', '.join(MATCHES)}")
+    whole = not (options.matches or options.size)
+    if options.only_docs:
+        result = json.loads(RESULT.read_text(encoding="utf-8"))
+    else:
+        result = measure(options.size or list(SIZES), options.matches or list(MATCHES), options.rounds)
+        print_table(result["rows"])
+    if not whole:
+        print("Only a part was measured; nothing was written")
+        return
+    write_json(RESULT, result)
+    draw(result["rows"], DOCS / "pictures" / "peers.svg")
+    write_page(result, DOCS / "performance.md")
+    print(f"Written: {RESULT}, {DOCS / 'pictures' / 'peers.svg'}, {DOCS / 'performance.md'}")
+
+
+def measure(sizes: Sequence[str], matches: Sequence[str], rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    for size in options.size or SIZES:
-        for match in options.matches or MATCHES:
-            rows += run(match, SIZES[size], options.rounds)
-            print_table(row for row in rows if row["match"] == match and row["size"] == size)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "peers.json", {"machine": machine(), "rows": rows})
-    draw(rows, options.out / "peers.svg")
-    print_table(rows)
-    print(f"written: {options.out / 'peers.json'}, {options.out / 'peers.svg'}")
+    for size in sizes:
+        for match in matches:
+            print(f"{match}, {size}: {rounds} rounds", flush=True)
+            rows += run(match, SIZES[size], rounds)
+    return {"machine": machine(), "measured_at": date.today().isoformat(), "rows": rows}
 
 
 if __name__ == "__main__":
