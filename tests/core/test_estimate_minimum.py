@@ -133,7 +133,7 @@ def explained(layout: Layout, pp: int) -> dict[str, float]:
     if layout.level == "parameters" and n > 1:
         # A lookup's gradient needs no weights.
         sharded -= sum(m * part * (cut + left) for cut, left in units.get("embedding", []))
-        if last:  # the last block and the head stay whole from their forward to the backward that follows at once
+        if last:  # the last block and the head stay whole until the backward that follows at once
             whole = [units["blocks"][-1], *units.get("head", []), *units.get("ends", [])]
             sharded -= sum(m * part * (cut + left) for cut, left in whole)
         if last and layout.pp > 1:  # the last unit, once more, for nobody
