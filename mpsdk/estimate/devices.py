@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mpsdk.config import problems_of
 from mpsdk.errors import ConfigError, Problem
@@ -22,8 +22,8 @@ from mpsdk.estimate.frameworks import Device
 PrecisionMode = Literal["fp32", "bf16", "fp16"]
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "send"]
 
-_Positive = Annotated[float, Gt(0)]
-_Seconds = Annotated[float, Ge(0)]
+_Positive = Annotated[FiniteFloat, Gt(0)]
+_Seconds = Annotated[FiniteFloat, Ge(0)]
 _Count = Annotated[int, Ge(1)]
 
 
@@ -34,11 +34,20 @@ class Rate(NamedTuple):
     per_second: _Positive
 
 
-Rates = Annotated[tuple[Rate, ...], MinLen(1)]
+def _growing(rates: tuple[Rate, ...]) -> tuple[Rate, ...]:
+    for below, above in pairwise(rates):
+        if above.flops <= below.flops:
+            raise ValueError(
+                f"has {above.flops:g} FLOPs after {below.flops:g}; list sizes once each, smallest first"
+            )
+    return rates
+
+
+Rates = Annotated[tuple[Rate, ...], MinLen(1), AfterValidator(_growing)]
 
 
 class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Link(_Figures):

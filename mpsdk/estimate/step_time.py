@@ -50,16 +50,20 @@ class StepTime:
         """Plain data, ready for JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    @property
+    def shares(self) -> str:
+        """What the step is spent on, in percent; what takes next to nothing is left out."""
         parts = {"compute": self.compute, **self.exposed, "bubble": self.bubble, "update": self.update}
-        shares = ", ".join(
+        return ", ".join(
             f"{name} {share:.1%}"
             for name, seconds in parts.items()
             if (share := seconds / self.seconds) > 0.0005
         )
+
+    def __str__(self) -> str:
         return (
             f"{self.seconds:.4g} s a step on {self.device}, {self.tokens_per_second:,.0f} tokens/s, "
-            f"MFU {self.mfu:.1%} ({shares})"
+            f"MFU {self.mfu:.1%} ({self.shares})"
         )
 
 

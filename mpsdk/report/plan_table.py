@@ -87,17 +87,11 @@ def verdict_facts(estimate: Estimate) -> Iterator[tuple[str, str]]:
         f"{estimate.figures.name}: {verdict}, rank {fit.rank} peaks at {quantity(fit.peak)}B "
         f"of {quantity(fit.bytes_per_device)}B",
     )
-    spent = {"compute": time.compute, **time.exposed, "bubble": time.bubble, "update": time.update}
-    shares = ", ".join(
-        f"{name} {seconds / time.seconds:.1%}"
-        for name, seconds in spent.items()
-        if seconds > 0.0005 * time.seconds
-    )
     yield (
         "step time",
         f"{seconds_text(time.seconds)}, {quantity(time.tokens_per_second)} tokens/s, MFU {time.mfu:.1%}",
     )
-    yield "", shares
+    yield "", time.shares
 
 
 def seconds_text(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ MODEL = {
 }  # fmt: skip
 PARAMETERS = BLOCKS * (12 * WIDTH**2 + 13 * WIDTH) + (VOCABULARY + LENGTH + 2) * WIDTH
 MATRICES = 12 * WIDTH**2 * BLOCKS + VOCABULARY * WIDTH
-NEVER = math.inf
+NEVER = 1e300  # a rate at which nothing takes any time
 NOTHING = Link(latency=0.0, bandwidth=NEVER)
 
 
@@ -91,7 +90,8 @@ def test_products_alone_take_six_flops_a_parameter_and_token() -> None:
     device = figures("gpu", speeds(matmul={"fp32": [(1.0, 1e9)]}))
     found = time_of(plan_of(1, {}), device)
     assert found.seconds == pytest.approx(6 * MATRICES * 16 * LENGTH / 1e9)
-    assert (found.exposed, found.bubble, found.update) == ({}, 0, 0)
+    assert (found.exposed, found.bubble) == ({}, 0)
+    assert found.update == pytest.approx(0, abs=1e-290)
 
 
 def test_causal_attention_takes_half_and_its_backward_five_products_for_two() -> None:
@@ -202,7 +202,7 @@ def test_a_measured_collective_goes_before_the_link() -> None:
     device = figures("cpu", speeds(collectives=(row,)))
     links = Links(Topology(Degrees(dp=2)), device, device.at(2))
     assert links.seconds(Message(("dp",), "all-reduce", "", 2, 100, 1)) == pytest.approx(0.5 + 10)
-    assert links.seconds(Message(("dp",), "all-gather", "", 2, 100, 1)) == 0
+    assert links.seconds(Message(("dp",), "all-gather", "", 2, 100, 1)) == 100 / NEVER
 
 
 def test_messages_between_stages_stand_in_the_simulation() -> None:
@@ -326,6 +326,26 @@ def test_a_wrong_file_lists_all_its_problems(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         device_figures(path)
     assert {problem.field for problem in refused.value.problems} == {"kind", "memory_bytes", "speed"}
+
+
+@pytest.mark.parametrize("sizes", [(1e6, 1e9, 1e8), (1e6, 1e6)])
+def test_rates_whose_sizes_do_not_grow_are_refused(sizes: tuple[float, ...], tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    content = json.loads(DATASHEETS["laptop"].model_dump_json())
+    content["speeds"][0]["matmul"]["fp32"] = [[size, 1e10] for size in sizes]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"speeds\.0\.matmul\.fp32.*list sizes once each, smallest first"):
+        device_figures(path)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN"])
+def test_figures_that_are_no_number_are_refused(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    DATASHEETS["laptop"].save(path)
+    path.write_text(path.read_text().replace('"kernel_seconds": 0.00001', f'"kernel_seconds": {value}'))
+    assert value in path.read_text()
+    with pytest.raises(ConfigError, match="kernel_seconds"):
+        device_figures(path)
 
 
 def test_an_unknown_device_is_told_with_those_that_are_known() -> None:
