@@ -94,6 +94,10 @@ class StepResult(Protocol):
         and `stop`: 1.0 when any rank passed `stop=True`."""
         ...
 
+    def wait(self) -> None:
+        """Until this rank's device has done the step. Not collective."""
+        ...
+
 
 @runtime_checkable
 class Backend(Protocol):

@@ -30,6 +30,7 @@ LARGE = 32 << 20  # bytes of a trace above which it is compressed
 WAIT = "wait"  # for the message that the action after it uses
 TOKEN_COUNT = "token count"
 SENDS = "sends"  # waiting, at the end of a pass, until everything sent has gone
+REDUCTION = "gradient reduction"  # waiting, at the end of the last pass, for gradients of other data ranks
 UPDATE = "update"
 
 _SPANS = re.compile(r"rank-(\d{5,9})\.spans\.json")
@@ -40,7 +41,7 @@ class MeasuredSpan(BaseModel):
     """What a rank did from `start` to `end`, in seconds of its machine's clock.
 
     `kind` is that of an action (`F`, `B`, `SF`, ...), `wait`, or a phase of the step that belongs to no stage: `token count`,
-    `sends`, `update`. The span of an action begins when its wait is over: the two don't overlap.
+    `sends`, `gradient reduction`, `update`. The span of an action begins when its wait is over: the two don't overlap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -65,6 +65,7 @@ class Work:
         self._stop_wanted = False
         self.evaluation: tuple[float, int] | None = None  # the last one: loss, tokens
         self._saved: int | None = None  # the step of the last checkpoint
+        self._result: StepResult | None = None  # of the newest step, perhaps still under way
         self._batch_layout = {
             "accumulation": self.training.accumulation,
             "microbatches": self.plan.microbatches,
@@ -109,10 +110,13 @@ class Work:
                 self._refuse_divergence(values["loss"], last_finite)
                 self._log(values, clock.lap())
                 last_finite, stopped = self.step, values["stop"] > 0
+            evaluates, saves = self._is_due(training.evaluate_every), self._is_due(checkpoints.every)
+            if evaluates or saves:
+                self._wait()
             with clock.paused():
-                if self._is_due(training.evaluate_every):
+                if evaluates:
                     self._evaluate()
-                if self._is_due(checkpoints.every):
+                if saves:
                     self._save()
         self._save()
         self._tell("end", step=self.step, reason="stopped" if self.step < training.steps else "finished")
@@ -123,7 +127,7 @@ class Work:
         self.place.note(f"step {self.step}: training")
         learning_rate = self.training.learning_rate_at(self.step)
         with self._profiling(clock):
-            result = self.backend.step(batch, step=self.step, learning_rate=learning_rate)
+            result = self._result = self.backend.step(batch, step=self.step, learning_rate=learning_rate)
         self.step += 1
         self.samples_consumed += self.training.global_batch
         return result
@@ -138,14 +142,21 @@ class Work:
         directory = step_folder(self.order.output_dir, number)
         wanted = profile.asks_for(step=number, rank=self.place.rank)
         with contextlib.ExitStack() as stack:
+            self._wait()
             with clock.paused():
                 self.place.note(f"step {self.step}: starting the profile")
                 self.control.decide(f"profile-{number}", lambda: self._make_folder(directory))
                 stack.enter_context(self.backend.profile(directory if wanted else None))
             yield
+            self._wait()
             with clock.paused():
                 self.place.note(f"step {self.step}: writing the profile")
                 stack.close()
+
+    def _wait(self) -> None:
+        """Until the device has done the steps that it has: they are training time, what follows isn't."""
+        if self._result is not None:
+            self._result.wait()
 
     def _make_folder(self, directory: Path) -> None:
         """An empty one, with the plan: what an earlier start of the run measured there may be of other ranks."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from mpsdk.profile import SENDS
+from mpsdk.profile import REDUCTION, SENDS
 from mpsdk.schedule import Action, Kind
 from mpsdk_torch.comm import StageLinks
 from mpsdk_torch.nn.deferred import WeightGradients, deferring
@@ -98,7 +98,8 @@ class Executor:
             self._finish()
         if final:
             self.note("waiting for gradients of other data ranks")
-            self.reduction.finish()
+            with self.watch.phase(REDUCTION):
+                self.reduction.finish()
 
     @torch.no_grad()
     def evaluate(self, actions: Sequence[Action]) -> None:

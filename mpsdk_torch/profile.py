@@ -1,7 +1,6 @@
 """Measures one step of a rank: a trace of its operations, and when each action of the schedule began and ended.
 
-The trace is torch's own (Kineto's). It is started through `torch.autograd.profiler`, which `torch.profiler` is built on: the
-latter imports the compiler for it, some 800 modules.
+The trace is torch's own (Kineto's).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler import profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from mpsdk.backend import Place
 from mpsdk.profile import WAIT, MeasuredSpan, RankSpans, compress_if_large, machine, trace_path
@@ -121,7 +120,8 @@ def measured(
         yield
         return
     on_gpu = device.type == "cuda"
-    trace = profile(use_device="cuda" if on_gpu else None, use_kineto=True)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    trace = profile(activities=activities)
     with trace:
         _meet(device)
         clock = DeviceClock(device) if on_gpu else HostClock()

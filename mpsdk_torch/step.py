@@ -187,6 +187,11 @@ class PendingStep:
     def __init__(self, trainer: Trainer, *, loss: Tensor, norm: Tensor, loss_scale: Tensor) -> None:
         self._trainer, self._loss, self._norm, self._loss_scale = trainer, loss, norm, loss_scale
 
+    def wait(self) -> None:
+        device = self._trainer.groups.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def read(self, *, stop: bool = False) -> dict[str, float]:
         """See `mpsdk.backend.StepResult`. Collective: every rank calls it after the same step."""
         trainer = self._trainer

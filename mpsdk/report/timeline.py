@@ -14,6 +14,7 @@ from mpsdk.plan import Plan
 from mpsdk.profile import (
     PICTURE,
     PLAN_FILE,
+    REDUCTION,
     SENDS,
     TOKEN_COUNT,
     UPDATE,
@@ -44,7 +45,7 @@ _COSTS = {
 }
 _COMPUTE = {kind.value for kind in COMPUTE}
 _WAITS = (WAIT, SENDS)
-_PHASES = (TOKEN_COUNT, UPDATE)
+_PHASES = (TOKEN_COUNT, REDUCTION, UPDATE)
 _PHASE_COLOUR = (0.84, 0.72, 0.84)
 _WAIT_LOOK: dict[str, Any] = {
     "facecolor": "white",
@@ -133,7 +134,7 @@ class ProfiledStep:
 
     @cached_property
     def phases(self) -> list[list[tuple[float, float]]]:
-        """Of each rank, start and end of counting the tokens and of the update."""
+        """Of each rank, start and end of counting the tokens, of what is left of reducing gradients, and of the update."""
         return [[(start, end) for _, start, end in rank] for rank in self._placed(_PHASES)]
 
     @cached_property
@@ -280,7 +281,7 @@ def draw_profile(directory: str | Path, *, width: float = 12.0) -> tuple[Path, P
         )
         others = (
             patch(label="waiting for a message", **_WAIT_LOOK),
-            patch(facecolor=_PHASE_COLOUR, label="token count, update"),
+            patch(facecolor=_PHASE_COLOUR, label="token count, gradient reduction, update"),
         )
         legend(figure, step.executed, simulated.schedule, (text + 0.05) / height, others)
         figure.savefig(png, dpi=160)

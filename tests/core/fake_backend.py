@@ -98,7 +98,7 @@ class FakeBackend:
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-12))
         self._update({name: g * scale for name, g in gradients.items()}, learning_rate)
         mean = sum(rank["loss"] for rank in shared) / total
-        return _Result(self, step, FakeBackend.loss_of(step, mean), norm)
+        return FakeResult(self, step, FakeBackend.loss_of(step, mean), norm)
 
     @contextlib.contextmanager
     def profile(self, directory: Path | None) -> Generator[None]:
@@ -228,9 +228,11 @@ class FakeBackend:
             weight -= (learning_rate / (1 - first**self.updates) * average / corrected).astype(np.float32)
 
 
-class _Result:
+class FakeResult:
     def __init__(self, backend: FakeBackend, step: int, loss: float, norm: float) -> None:
         self._backend, self._step, self._loss, self._norm = backend, step, loss, norm
+
+    def wait(self) -> None: ...
 
     def read(self, *, stop: bool = False) -> dict[str, float]:
         if self._backend.place.rank == 0:

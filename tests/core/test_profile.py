@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import types
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from mpsdk.report.timeline import ProfiledStep, draw_profile
 from mpsdk.run import Run
 from mpsdk.schedule import COMPUTE, Costs, Kind, simulate
 from mpsdk.work_order import WorkOrder
-from tests.core.fake_backend import FakeBackend
+from tests.core.fake_backend import FakeBackend, FakeResult
 from tests.core.jobs import MODEL, TEXT, TRAINING, order_in, work
 
 # -- what can be asked for -----------------------------------------------------------------------------------------
@@ -151,6 +153,52 @@ def test_what_the_profiler_takes_is_not_training_time(
     monkeypatch.setattr(fake, "profile", lambda backend, directory: Slow())
     work(profiled(order_in(tmp_path, steps=4, log_every=1), steps=(1, 3)))
     assert [row["step_seconds"] for row in History.load(tmp_path / "history.jsonl")] == [2.0] * 4
+
+
+@pytest.mark.parametrize("pause", ["profile", "checkpoint", "evaluation"])
+def test_what_a_device_still_has_to_do_is_training_time(
+    tmp_path: Path, fake: type[FakeBackend], monkeypatch: pytest.MonkeyPatch, pause: str
+) -> None:
+    """Of a device that needs 2 s a step, which pass when something waits for it."""
+    now = queued = 0.0
+
+    def queue(step: int) -> None:
+        nonlocal queued
+        queued += 2.0
+
+    def drain() -> None:
+        nonlocal now, queued
+        now, queued = now + queued, 0.0
+
+    def draining(call: Callable[..., Any]) -> Callable[..., Any]:
+        def drained(*arguments: Any, **options: Any) -> Any:
+            drain()
+            return call(*arguments, **options)
+
+        return drained
+
+    @contextmanager
+    def profile(backend: FakeBackend, directory: Path | None) -> Generator[None]:
+        drain()
+        yield
+        drain()
+
+    monkeypatch.setattr("mpsdk.worker.time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(fake, "before_step", staticmethod(queue))
+    monkeypatch.setattr(fake, "profile", profile)
+    for owner, name in ((fake, "evaluate"), (fake, "shards"), (FakeResult, "read"), (FakeResult, "wait")):
+        monkeypatch.setattr(owner, name, draining(getattr(owner, name)))
+    order = order_in(
+        tmp_path,
+        steps=4,
+        log_every=4,
+        validation=0.2,
+        evaluate_every=2 if pause == "evaluation" else None,
+        distribution={"checkpoint": 2} if pause == "checkpoint" else {},
+    )
+    work(profiled(order, steps=(3,)) if pause == "profile" else order)
+    rows = History.load(tmp_path / "history.jsonl")
+    assert [row["step_seconds"] for row in rows if "loss" in row] == [2.0, 2.0]
 
 
 @pytest.mark.usefixtures("fake")

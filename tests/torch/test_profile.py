@@ -16,13 +16,24 @@ import pytest
 from mpsdk.backend import Place
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
-from mpsdk.profile import SENDS, TOKEN_COUNT, UPDATE, WAIT, RankSpans, measured_ranks, spans_path, trace_path
+from mpsdk.profile import (
+    REDUCTION,
+    SENDS,
+    TOKEN_COUNT,
+    UPDATE,
+    WAIT,
+    RankSpans,
+    measured_ranks,
+    spans_path,
+    trace_path,
+)
 from mpsdk.report.timeline import ProfiledStep, draw_profile
 from mpsdk.schedule import COMPUTE, RECEIVES, Action, Kind
 from tests.torch.cases import global_batch, make_plan, rows_of
 from tests.torch.pool import WorkerPool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
     "pp2": (2, {"pipeline": {"degree": 2, "microbatches": 4}}),
     "pp2-tp2": (4, {"pipeline": {"degree": 2, "microbatches": 4}, "tensor_parallel": 2}),
     "pp2-sdp2 zb-v": (
@@ -104,7 +115,7 @@ def test_the_spans_are_the_plans_actions_in_the_plans_order(step: Profiled) -> N
         ]
         assert ran == [(part, action) for part in range(2) for action in step.plan.actions(rank)]
         phases = [kind for kind, _ in groupby(span.kind if span.stage is None else "" for span in spans)]
-        assert phases == [TOKEN_COUNT, "", SENDS, "", SENDS, UPDATE]
+        assert phases == [TOKEN_COUNT, "", SENDS, "", SENDS, REDUCTION, UPDATE]
 
 
 def test_the_spans_of_a_rank_do_not_overlap_and_lie_after_the_barrier(step: Profiled) -> None:
@@ -128,7 +139,8 @@ def test_a_wait_stands_before_each_action_that_uses_a_message(step: Profiled) ->
                     after.part,
                 )
                 assert Kind(after.kind) in COMPUTE
-        assert waits == 2 * received.total() > 0
+        assert waits == 2 * received.total()
+        assert (waits > 0) == (step.plan.degrees.pp > 1)
 
 
 def test_messages_arrive_after_they_were_sent(step: Profiled) -> None:
@@ -159,7 +171,7 @@ def test_a_trace_has_a_range_for_every_action_and_phase(step: Profiled) -> None:
         assert {name: count for name, count in ranges.items() if name in actions} == actions
         waits = {name for name in ranges if name.startswith(WAIT)}
         assert waits == {f"wait {action}" for action in step.plan.actions(rank) if action.kind in RECEIVES}
-        assert (ranges[TOKEN_COUNT], ranges[SENDS], ranges[UPDATE]) == (1, 2, 1)
+        assert [ranges[name] for name in (TOKEN_COUNT, SENDS, REDUCTION, UPDATE)] == [1, 2, 1, 1]
         assert any(event["name"] == "aten::mm" for event in events)
 
 
