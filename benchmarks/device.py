@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ranks import Ranks, threads_of
+from benchmarks.record import processor
 from mpsdk.backend import Place
 from mpsdk.estimate import DeviceFigures
 from mpsdk.estimate.devices import Link, MeasuredCollective, Rate, Speeds
@@ -49,7 +50,7 @@ def measure(ranks: Ranks) -> DeviceFigures:
     return DeviceFigures(
         name=f"{platform.machine()}-{cores}-cores",
         kind="cpu",
-        source=f"measured by benchmarks/device.py: {_processor()}, {cores} cores, gloo",
+        source=f"measured by benchmarks/device.py: {processor()}, {cores} cores, gloo",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         reserved=0.1,
         peak_flops={"fp32": peak},
@@ -104,20 +105,16 @@ def _links(samples: list[dict[str, tuple[float, float]]], group: int) -> list[Me
     for name in samples[0]:
         small, large = (statistics.mean(sample[name][number] for sample in samples) for number in (0, 1))
         wire = times[name] * (LARGE - SMALL) / (group if name == "all-gather" else 1)
-        bandwidth = wire / max(large - small, 0.05 * large)  # noise may hide what few bytes take
+        small = min(
+            small, 0.95 * large
+        )  # noise may hide what few bytes take, but not make more of both than was seen
+        bandwidth = wire / (large - small)
         found.append(
             MeasuredCollective.model_validate(
                 {"collective": name, "ranks": group, "latency": small, "bandwidth": bandwidth}
             )
         )
     return found
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"
 
 
 # -- in each process ----------------------------------------------------------------------------------------------------

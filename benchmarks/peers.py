@@ -28,7 +28,8 @@ from benchmarks.sizes import SIZES, Size
 RESULT = Path(__file__).parent / "results" / "peers.json"
 DOCS = Path(__file__).parents[1] / "docs"
 LOSS_TOLERANCE = 1e-4  # relative, after the first turn
-PP2 = {"pipeline": {"degree": 2, "microbatches": 4}, "data_parallel": 1}
+PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}, "data_parallel": 1}
+ZB_H1 = PP2 | {"pipeline": PP2["pipeline"] | {"schedule": "zb-h1"}}
 
 
 def ours(**distribution: Any) -> Entry:
@@ -49,7 +50,7 @@ def _data_parallel(processes: int) -> Match:
 
 
 def _sharded(processes: int) -> Match:
-    peers = Entry("FSDP2 by hand", "loops:fsdp2"), Entry("Accelerate, FSDP2", "loops:accelerate_fsdp2")
+    peers = Entry("FSDP2 by hand", "loops:fsdp2"), Entry("Accelerate, FSDP2", "accelerated:fsdp2")
     return Match(processes, 1, (ours(sharded_data_parallel=processes), *peers))
 
 
@@ -72,6 +73,7 @@ MATCHES: dict[str, Match] = {
         1,
         (
             ours(**PP2),
+            Entry("mpsdk, zb-h1", "ours:plan", {"distribution": ZB_H1}),
             Entry("Schedule1F1B, our layers", "schedules:same_layers", {"distribution": PP2}),
             Entry("Schedule1F1B, transformers", "schedules:transformers", {"distribution": PP2}),
         ),
@@ -204,14 +206,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "matches", nargs="*", metavar="MATCH", help=f"of: {', '.join(MATCHES)}; by default all"
     )
     parser.add_argument("--size", choices=SIZES, action="append", help="by default all")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="3 or more")
     parser.add_argument(
         "--only-docs", action="store_true", help="the picture and the tables again, from peers.json"
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.matches) - set(MATCHES):
         parser.error(f"no match {', '.join(sorted(unknown))}; there are {', '.join(MATCHES)}")
+    if options.rounds < 3:
+        parser.error(f"--rounds must be 3 or more, and is {options.rounds}")
     whole = not (options.matches or options.size)
+    if options.only_docs and not whole:
+        parser.error("--only-docs goes alone")
     if options.only_docs:
         result = json.loads(RESULT.read_text(encoding="utf-8"))
     else:

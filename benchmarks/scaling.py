@@ -15,12 +15,14 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import device
 from benchmarks.paper import curves
 from benchmarks.ranks import Ranks
+from benchmarks.record import write_json
 from benchmarks.scaling_report import draw, write_tables
 from benchmarks.validation import validate
 from mpsdk.estimate import device_figures
@@ -57,12 +59,12 @@ def on_paper() -> dict[str, Any]:
     return {"device": figures.name, "source": figures.source, "curves": [point.to_dict() for point in points]}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("paper", "validation", "docs"), help="do not do the rest")
-    only = parser.parse_args().only
+    only = parser.parse_args(arguments).only
     begin = time.perf_counter()
     result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if only in (None, "validation"):
@@ -70,7 +72,7 @@ def main() -> None:
     if only in (None, "paper"):
         result |= on_paper()
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(RESULT, result)
     draw(result, DOCS / "pictures" / "scaling")
     write_tables(result, DOCS / "scaling.md")
     print(f"{RESULT}, {DOCS / 'pictures' / 'scaling.svg'} and {DOCS / 'scaling.md'} written", end="")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import fill, head
+from benchmarks.page import row as line
 from mpsdk.report.display import quantity
 
 _INK, _FAINT, _GRID = "#222222", "#8a8a8a", "#e6e6e6"
@@ -160,20 +161,13 @@ def write_tables(result: dict[str, Any], page: Path) -> None:
     if "curves" in result:
         tables["weak"] = list(_scaling(result["curves"], "weak"))
         tables["strong"] = list(_scaling(result["curves"], "strong"))
-    text = page.read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        body = "\n".join(lines)
-        mark = re.compile(rf"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        text, found = mark.subn(lambda match, body=body: f"{match[1]}\n{body}\n{match[2]}", text)
-        if found != 1:
-            raise ValueError(f"{page} must have one mark <!-- table {name} -->; it has {found}")
-    page.write_text(text, encoding="utf-8")
+    fill(page, tables)
 
 
 def _validation(rows: Points) -> Iterator[str]:
-    yield from _head("layout", "ranks", "predicted", "measured", "error")
+    yield from head("layout", "ranks", "predicted", "measured", "error")
     for row in rows:
-        yield _row(
+        yield line(
             row["layout"],
             row["ranks"],
             f"{1000 * row['predicted']:.0f} ms",
@@ -187,7 +181,7 @@ def _validation(rows: Points) -> Iterator[str]:
 
 
 def _scaling(points: Points, scaling: str) -> Iterator[str]:
-    yield from _head(
+    yield from head(
         "model", "GPUs", "batch", "layout", "peak", "step", "tokens/s", "MFU", "bubble", "messages"
     )
     for point in points:
@@ -195,7 +189,7 @@ def _scaling(points: Points, scaling: str) -> Iterator[str]:
             continue
         time, layout = point["time"], point["layout"]
         if not time:
-            yield _row(
+            yield line(
                 point["model"], f"{point['ranks']:,}", f"{point['global_batch']:,}", "nothing fits", *[""] * 6
             )
             continue
@@ -207,7 +201,7 @@ def _scaling(points: Points, scaling: str) -> Iterator[str]:
                 layout["recompute"],
             ]
         )
-        yield _row(
+        yield line(
             point["model"],
             f"{point['ranks']:,}",
             f"{point['global_batch']:,}",
@@ -219,11 +213,3 @@ def _scaling(points: Points, scaling: str) -> Iterator[str]:
             f"{time['bubble'] / time['seconds']:.0%}",
             f"{sum(time['exposed'].values()) / time['seconds']:.0%}",
         )
-
-
-def _head(*names: str) -> Iterable[str]:
-    return _row(*names), "|" + "|".join("---" for _ in names) + "|"
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

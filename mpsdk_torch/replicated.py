@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mpsdk.errors import BackendError
 from mpsdk_torch.transformer import Transformer
 
 
@@ -67,9 +68,12 @@ class _Unit:
         self._work = dist.all_reduce(flat, group=self._group, async_op=True)
 
     def wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._work is None:
+            raise BackendError(
+                "gradients were left without their sum over data ranks: a backward did not make all of them"
+            )
+        self._work.wait()
+        self._work = None
 
 
 def _units(stage: Transformer, group: dist.ProcessGroup) -> list[_Unit]:

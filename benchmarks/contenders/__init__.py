@@ -22,6 +22,11 @@ class Seat:
     model: str
     options: dict[str, object]
 
+    def share(self, data_rank: int, data_size: int) -> slice:
+        """The rows of a batch that data rank `data_rank` of `data_size` takes."""
+        rows = self.size.batch // data_size
+        return slice(data_rank * rows, (data_rank + 1) * rows)
+
 
 class Contender(Protocol):
     def step(self, step: int) -> None:
@@ -31,10 +36,3 @@ class Contender(Protocol):
     def loss(self) -> float:
         """The global batch's mean loss of the last step, on every rank. Waits for the step to end."""
         ...
-
-
-def rows_of(seat: Seat, step: int, data_rank: int, data_size: int) -> tuple:  # type: ignore[type-arg]
-    ids, labels = seat.size.rows(step)
-    share = seat.size.batch // data_size
-    mine = slice(data_rank * share, (data_rank + 1) * share)
-    return ids[mine], labels[mine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch._dynamo  # noqa: F401  (loaded early, as in `benchmarks.contenders.loops`)
 
 from benchmarks.contenders import Seat
 from benchmarks.sizes import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
@@ -41,7 +42,7 @@ class Mpsdk:
     def __init__(self, seat: Seat) -> None:
         self.plan, read = plan_of(seat)
         assert read.directory is not None
-        self.size, self.data_rank = seat.size, self.plan.topology.data_rank(seat.rank)
+        self.seat, self.data_rank = seat, self.plan.topology.data_rank(seat.rank)
         self.backend = TorchBackend()
         self.backend.build(self.plan, Place(rank=seat.rank, world_size=seat.world_size, store=seat.store))
         self.backend.load(HuggingFaceSource(read.directory, read.family, read.spec))
@@ -49,10 +50,9 @@ class Mpsdk:
 
     def step(self, step: int) -> None:
         plan = self.plan
-        share = self.size.batch // plan.data_size
-        mine = slice(self.data_rank * share, (self.data_rank + 1) * share)
-        shape = (1, plan.microbatches, plan.microbatch_size, self.size.length)
-        ids, labels = (rows[mine].astype(np.int32).reshape(shape) for rows in self.size.rows(step))
+        shape = (1, plan.microbatches, plan.microbatch_size, self.seat.size.length)
+        mine = self.seat.share(self.data_rank, plan.data_size)
+        ids, labels = (rows[mine].astype(np.int32).reshape(shape) for rows in self.seat.size.rows(step))
         batch = {"input_ids": ids, "labels": labels}
         self.result = self.backend.step(batch, step=step, learning_rate=LEARNING_RATE)
 
