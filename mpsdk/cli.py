@@ -19,6 +19,7 @@ from mpsdk.errors import CheckpointError, ConfigError, MpsdkError, Problem
 
 if TYPE_CHECKING:
     from mpsdk.checkpoint import Checkpoint, Summary
+    from mpsdk.estimate import Estimate
     from mpsdk.estimator import Estimator
 
 WRONG_CONFIGURATION = 2  # the exit code, which is also that of a wrong option
@@ -97,7 +98,10 @@ def plan(
         typer.Option(help="Ranks to plan for; by default as many as would be started here."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the plan as JSON instead of a table.")
+        bool,
+        typer.Option(
+            "--json", help="Print the plan as JSON instead of a table; with --device, plan and estimate."
+        ),
     ] = False,
     save: Annotated[
         Path | None, typer.Option(help="Write the plan there, as JSON.", callback=_in_existing_folder)
@@ -135,7 +139,13 @@ def plan(
         _compare(job, estimator, compare, world_size, device, as_json)
         return
     planned = estimator.plan(world_size=world_size)
-    print(planned.to_json() if as_json else plan_text(planned, device or estimator.device(world_size)))
+    if not as_json:
+        print(plan_text(planned, device or estimator.device(world_size)))
+    elif device is None:
+        print(planned.to_json())
+    else:
+        both = {"plan": planned.model_dump(mode="json"), "estimate": _verdict(planned.estimate(device))}
+        print(json.dumps(both, indent=1))
     if save is not None:
         planned.save(save)
     if schedule_picture is not None:
@@ -143,6 +153,17 @@ def plan(
         from mpsdk.schedule.draw import draw
 
         draw(plan_timeline(planned), schedule_picture)
+
+
+def _verdict(estimate: Estimate) -> dict[str, object]:
+    """Bytes of the fullest rank; whether it fits and how long a step takes, null for a device without figures."""
+    timed = estimate.figures is not None
+    return {
+        "device": estimate.figures.name if estimate.figures else estimate.device,
+        "peak": estimate.fullest.peak,
+        "fits": bool(estimate.fits()) if timed else None,
+        "step_time": estimate.step_time().to_dict() if timed else None,
+    }
 
 
 def _compare(
