@@ -33,6 +33,9 @@ from mpsdk_torch.precision import COMPUTE_DTYPES
 from mpsdk_torch.transformer import Block, Transformer
 
 COMPILER = "inductor"
+_FAILS_AT_LIMIT: bool = (
+    torch.compiler.config.fail_on_recompile_limit_hit
+)  # as it was before anything was built
 
 
 def prepare_compiler(device: torch.device, note: Callable[[str], None]) -> None:
@@ -47,6 +50,7 @@ def prepare_compiler(device: torch.device, note: Callable[[str], None]) -> None:
     try:
         torch.compile(_probe, dynamic=False, fullgraph=True, backend=COMPILER)(torch.ones(8, device=device))
     except Exception as error:
+        forget_programs()
         needed = (
             "a C++ compiler and Python's headers (on Debian: apt install g++ python3-dev)"
             if device.type == "cpu"
@@ -81,8 +85,9 @@ def compile_blocks(stage: Transformer, plan: Plan, device: torch.device) -> None
 
 
 def forget_programs() -> None:
-    """Let go of all programs, and of the process groups that they hold."""
-    torch.compiler.reset()
+    """Let go of all programs, of the process groups that they hold, and of what `prepare_compiler` set."""
+    torch.compiler.reset()  # callbacks included
+    torch.compiler.config.fail_on_recompile_limit_hit = _FAILS_AT_LIMIT
 
 
 def is_whole(plan: Plan) -> bool:

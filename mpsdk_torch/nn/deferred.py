@@ -34,6 +34,7 @@ def deferring(into: WeightGradients) -> Iterator[None]:
 
 def deferrable_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, whose weight gradient can be deferred. `weight` must be a leaf.
+
     Compiled programs leave it out: a graph's backward gives every gradient that its forward asked for, and can't hold a call
     that is made later.
     """

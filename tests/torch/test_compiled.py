@@ -289,6 +289,8 @@ def test_a_microbatch_keeps_no_more_than_the_estimate_says_of_eager(
 
 
 def build_without_a_compiler(place: Place, plan: Plan, cache: str) -> None:
+    import torch
+    from torch._dynamo.callback import callback_handler
     from torch._inductor import cpp_builder
 
     from mpsdk_torch.backend import TorchBackend
@@ -298,7 +300,11 @@ def build_without_a_compiler(place: Place, plan: Plan, cache: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", cache)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
-        TorchBackend().build(plan, place)
+        try:
+            TorchBackend().build(plan, place)
+        finally:
+            assert not callback_handler.start_callbacks and not callback_handler.end_callbacks
+            assert not torch.compiler.config.fail_on_recompile_limit_hit
 
 
 def test_a_machine_without_a_compiler_is_told_so_before_training(pool: WorkerPool, tmp_path: Path) -> None:
