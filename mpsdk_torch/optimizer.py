@@ -144,6 +144,9 @@ def _all_reduce_flat(gradients: list[Tensor], group: dist.ProcessGroup | None) -
     """Sum over `group` in one message."""
     if not gradients:
         return
+    if len(gradients) == 1 and gradients[0].is_contiguous():  # such as a tied embedding's, which is large
+        dist.all_reduce(gradients[0], group=group)
+        return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)
     sizes = [gradient.numel() for gradient in gradients]

@@ -81,8 +81,8 @@ class RankMemory:
 def memory_of(account: Account, share: ShareClass) -> RankMemory:
     """The memory of the ranks of `account` that hold `share`."""
     sizes, state = account.sizes, _state(account, share)
-    tied, replicated = account.flat(share)
-    update = {GRADIENTS: FP32 * share.elements, BUFFERS: FP32 * max(tied, replicated)}
+    _, replicated = account.flat(share)  # a tied tensor's gradient is summed where it is
+    update = {GRADIENTS: FP32 * share.elements, BUFFERS: FP32 * replicated}
     host = {stage: account.blocks(stage) * sizes.hidden if sizes else 0 for stage in account.stages}
     return RankMemory(
         pp=account.pp,
