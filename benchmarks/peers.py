@@ -206,14 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "matches", nargs="*", metavar="MATCH", help=f"of: {', '.join(MATCHES)}; by default all"
     )
     parser.add_argument("--size", choices=SIZES, action="append", help="by default all")
-    parser.add_argument("--rounds", type=int, default=12, help="3 or more")
+    parser.add_argument("--rounds", type=int, help="3 or more; by default the size's own")
     parser.add_argument(
         "--only-docs", action="store_true", help="the picture and the tables again, from peers.json"
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.matches) - set(MATCHES):
         parser.error(f"no match {', '.join(sorted(unknown))}; there are {', '.join(MATCHES)}")
-    if options.rounds < 3:
+    if options.rounds is not None and options.rounds < 3:
         parser.error(f"--rounds must be 3 or more, and is {options.rounds}")
     whole = not (options.matches or options.size)
     if options.only_docs and not whole:
@@ -232,12 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Written: {RESULT}, {DOCS / 'pictures' / 'peers.svg'}, {DOCS / 'performance.md'}")
 
 
-def measure(sizes: Sequence[str], matches: Sequence[str], rounds: int) -> dict[str, Any]:
+def measure(sizes: Sequence[str], matches: Sequence[str], rounds: int | None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    for size in sizes:
+    for size in map(SIZES.__getitem__, sizes):
         for match in matches:
-            print(f"{match}, {size}: {rounds} rounds", flush=True)
-            rows += run(match, SIZES[size], rounds)
+            print(f"{match}, {size.name}", flush=True)
+            rows += run(match, size, rounds or size.rounds)
     return {"machine": machine(), "measured_at": date.today().isoformat(), "rows": rows}
 
 

@@ -13,13 +13,15 @@ LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, 0.1, 1.0
 
 @dataclass(frozen=True)
 class Size:
-    """A GPT-2 and its batch. `steps`: steps between two looks at the clock. `batch` in sequences, `length` in tokens."""
+    """A GPT-2 and its batch. `batch` in sequences, `length` in tokens. `steps`: a turn's, between two looks at
+    the clock. `rounds`: turns of each contender."""
 
     name: str
     config: dict[str, Any]
     batch: int
     length: int
     steps: int
+    rounds: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -40,6 +42,6 @@ def _gpt2(vocabulary: int, blocks: int, width: int, heads: int, positions: int) 
 
 
 SIZES = {
-    "small": Size("small", _gpt2(8_192, 4, 256, 4, 128), batch=8, length=128, steps=4),
-    "medium": Size("medium", _gpt2(16_384, 6, 512, 8, 256), batch=8, length=256, steps=1),
+    "small": Size("small", _gpt2(8_192, 4, 256, 4, 128), batch=8, length=128, steps=4, rounds=9),
+    "medium": Size("medium", _gpt2(16_384, 6, 512, 8, 256), batch=8, length=256, steps=1, rounds=5),
 }
