@@ -62,7 +62,7 @@ def core(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Pyright: strict in the core, basic elsewhere."""
-    python = shared(session, "torch", "hf", "types")
+    python = shared(session, "torch", "hf", "bench", "types")
     session.run(python, "-m", "pyright", "-p", "pyproject.toml", "--pythonpath", python, *session.posargs)
 
 

@@ -31,9 +31,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Weak scaling, strong scaling, and predicted against measured, side by side; `path` with .svg and .png."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=(13, 4.6), layout="constrained")
+        figure = Figure(figsize=(13, 4.6), layout=ConstrainedLayoutEngine(w_pad=0.14, h_pad=0.1))
         weak, strong, error = figure.subplots(1, 3, width_ratios=[1.1, 1.1, 0.9])
         if "curves" in result:
             _weak(weak, result["curves"])
@@ -42,7 +43,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
             _predicted(error, result["validation"])
         else:
             error.set_axis_off()
-        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(path.with_suffix(".png"), dpi=130)
 

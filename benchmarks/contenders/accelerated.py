@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils  # noqa: F401  (loaded early)
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.contenders import Seat
@@ -25,7 +26,7 @@ def fsdp2(seat: Seat) -> Loop:
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     vars(accelerator.state).update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-    model = load(seat)
-    model, optimizer = accelerator.prepare(model, adamw(model))
-    assert isinstance(model, FSDPModule)
+    loaded = load(seat)
+    model, optimizer = accelerator.prepare(loaded, adamw(loaded))
+    assert isinstance(model, nn.Module) and isinstance(model, FSDPModule)
     return Loop(seat, model, optimizer, backward=accelerator.backward, clip=accelerator.clip_grad_norm_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch._dynamo  # an optimizer loads it; loaded here, it counts as a library and not as the contender's memory
@@ -20,7 +21,8 @@ Backward = Callable[[Tensor], None]
 Clip = Callable[[Iterable[nn.Parameter], float], object]
 
 
-def load(seat: Seat) -> nn.Module:
+def load(seat: Seat) -> Any:
+    """transformers' model, with the weights that every contender starts from."""
     return AutoModelForCausalLM.from_pretrained(seat.model, dtype=torch.float32).train()
 
 

@@ -25,6 +25,7 @@ from mpsdk_torch.comm import TensorGroup
 from mpsdk_torch.loss import cross_entropy_sum
 from mpsdk_torch.transformer import Transformer
 
+TIED = ("embedding.tokens.weight", "head.output.weight")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -90,7 +91,7 @@ def same_layers(seat: Seat) -> Pipelined:
             labels.shape
         )
 
-    tied = stage.embedding.tokens.weight if stage.embedding is not None else stage.head.output.weight  # type: ignore[union-attr]
+    (tied,) = (parameter for name, parameter in stage.named_parameters() if name in TIED)
     return Pipelined(seat, stage, loss, tied=tied, microbatches=plan.microbatches)
 
 
@@ -99,9 +100,8 @@ def transformers(seat: Seat) -> Pipelined:
     join(seat)
     plan, _ = plan_of(seat)
     stage = _Gpt2Stage(load(seat), plan.stages[seat.rank], first=seat.rank == 0)
-    return Pipelined(
-        seat, stage, _cross_entropy, tied=stage.ends["tokens"].weight, microbatches=plan.microbatches
-    )
+    tied = stage.ends["tokens"].get_parameter("weight")
+    return Pipelined(seat, stage, _cross_entropy, tied=tied, microbatches=plan.microbatches)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

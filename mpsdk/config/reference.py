@@ -40,8 +40,8 @@ INTRODUCTION = f"""\
 # Configuration
 
 A job file says all of a run. `mpsdk plan job.yaml` shows what it comes to, `mpsdk run job.yaml` trains.
-`mpsdk plan job.yaml --device h100` adds whether it fits and how long a step takes; `--compare other.yaml`, or `mpsdk.compare` in
-Python, puts layouts side by side: [Estimate](estimate.md).
+`mpsdk plan job.yaml --device h100` adds whether it fits and how long a step takes; `--compare other.yaml`, or `mpsdk.compare`
+in Python, puts layouts side by side: [Estimate](estimate.md).
 
 ```yaml
 {EXAMPLE}```
