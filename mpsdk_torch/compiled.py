@@ -33,9 +33,7 @@ from mpsdk_torch.precision import COMPUTE_DTYPES
 from mpsdk_torch.transformer import Block, Transformer
 
 COMPILER = "inductor"
-_FAILS_AT_LIMIT: bool = (
-    torch.compiler.config.fail_on_recompile_limit_hit
-)  # as it was before anything was built
+_before: list[bool] = []  # whether the compiler failed at its limit of programs, before anything was built
 
 
 def prepare_compiler(device: torch.device, note: Callable[[str], None]) -> None:
@@ -45,6 +43,7 @@ def prepare_compiler(device: torch.device, note: Callable[[str], None]) -> None:
     """
     forget_programs()
     # Else torch goes on without compiling what has had too many programs, and only logs it.
+    _before.append(torch.compiler.config.fail_on_recompile_limit_hit)
     torch.compiler.config.fail_on_recompile_limit_hit = True
     _tell(note)
     try:
@@ -87,7 +86,8 @@ def compile_blocks(stage: Transformer, plan: Plan, device: torch.device) -> None
 def forget_programs() -> None:
     """Let go of all programs, of the process groups that they hold, and of what `prepare_compiler` set."""
     torch.compiler.reset()  # callbacks included
-    torch.compiler.config.fail_on_recompile_limit_hit = _FAILS_AT_LIMIT
+    if _before:
+        torch.compiler.config.fail_on_recompile_limit_hit = _before.pop()
 
 
 def is_whole(plan: Plan) -> bool:
