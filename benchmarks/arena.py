@@ -13,11 +13,12 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks.contenders import Contender, Seat
+from benchmarks.ranks import Worker, end
 from benchmarks.sizes import Size
 
 ANSWER_TIMEOUT = 600.0  # seconds
@@ -80,7 +81,7 @@ class _Team:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         store = str(Path(directory, f"store-{entry.name.replace(' ', '-')}"))
         self.entry = entry
-        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._workers: list[Worker] = []
         for rank in range(world_size):
             here, there = context.Pipe()
             seat = Seat(rank, world_size, store, size, model, entry.options)
@@ -89,13 +90,13 @@ class _Team:
             there.close()
             self._workers.append((process, here))
 
-    def ask(self, what: str) -> list:  # type: ignore[type-arg]
+    def ask(self, what: str) -> list[Any]:
         """The answers of all ranks."""
         for _, connection in self._workers:
             connection.send(what)
         return [self._answer(rank, connection) for rank, (_, connection) in enumerate(self._workers)]
 
-    def _answer(self, rank: int, connection: Connection) -> object:
+    def _answer(self, rank: int, connection: Connection) -> Any:
         if not connection.poll(ANSWER_TIMEOUT):
             raise RuntimeError(f"{self.entry.name}: rank {rank} gave no answer in {ANSWER_TIMEOUT} s")
         failed, answer = connection.recv()
@@ -104,13 +105,7 @@ class _Team:
         return answer
 
     def close(self) -> None:
-        for process, connection in self._workers:
-            connection.close()
-            process.terminate()
-        for process, _ in self._workers:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+        end(self._workers)
 
 
 def _serve(connection: Connection, make: str, seat: Seat, threads: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +15,21 @@ from typing import Any
 from mpsdk.backend import Place
 
 TIMEOUT = 300.0  # seconds that one measurement may take
+
+
+Worker = tuple[BaseProcess, Connection]
+
+
+def end(workers: Iterable[Worker]) -> None:
+    """End processes, by force if they take long."""
+    workers = list(workers)
+    for process, connection in workers:
+        connection.close()
+        process.terminate()
+    for process, _ in workers:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
 
 
 def threads_of(processes: int) -> int:
@@ -29,7 +44,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self._directory = TemporaryDirectory(prefix="mpsdk-bench-")
         self._calls = 0
-        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._workers: list[Worker] = []
         os.environ.update(OMP_NUM_THREADS=str(threads_of(1)), GLOO_SOCKET_IFNAME="lo")
         for _ in range(size):
             here, there = context.Pipe()
@@ -42,13 +57,7 @@ class Ranks:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for process, connection in self._workers:
-            connection.close()
-            process.terminate()
-        for process, _ in self._workers:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+        end(self._workers)
         self._directory.cleanup()
 
     def call(self, processes: int, function: Callable[..., Any], *arguments: object) -> list[Any]:

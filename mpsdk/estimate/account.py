@@ -158,14 +158,14 @@ class Account:
 
     @property
     def gathered_for_loss(self) -> int:
-        """Bytes of whole weights while the loss is made."""
+        """Bytes of whole weights while the loss is made, where weights are gathered block by block."""
         if not self.copies:
             return 0
         stage = self.stages[-1]
         return self.compute * sum(
             unit.padded(self.degree)
             for number, unit in enumerate(self.units[stage])
-            if self.sharding.gathers == "stage" or self.turns(stage, number)
+            if self.turns(stage, number)
         )
 
     def gathers_in_vain(self, stage: int) -> int:
