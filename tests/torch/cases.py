@@ -3,95 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mpsdk.backend import IGNORED_LABEL, Batch, Place, TensorSource
-from mpsdk.families import read_model
-from mpsdk.families.describe import describe_spec
-from mpsdk.initialise import RandomSource
+from mpsdk.backend import Place, TensorSource
 from mpsdk.plan import Plan
-from mpsdk.resolve import resolve
+from tests import cases
+from tests.cases import Outcome, Piece
 
-GPT2 = {
-    "model_type": "gpt2", "vocab_size": 101, "n_positions": 32, "n_embd": 64, "n_layer": 4, "n_head": 8,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-}  # fmt: skip
-LLAMA = {
-    "model_type": "llama", "vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 64,
-    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 112,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-FAMILIES = {
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    # as narrow as tensor parallelism over two ranks allows, and two blocks for each of four ranks
-    "gpt2-deep": GPT2 | {"n_layer": 8, "n_embd": 32, "n_head": 4},
-    "llama-deep": LLAMA | {"num_hidden_layers": 8, "hidden_size": 32, "num_attention_heads": 4,
-                           "num_key_value_heads": 2, "intermediate_size": 48},
-}  # fmt: skip
-SEQUENCE_LENGTH = 16
-GLOBAL_BATCH = 16
-Piece = tuple[
-    str, tuple[int, ...], tuple[int, ...], NDArray[np.float32]
-]  # slot/name, global shape, offset, values
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one rank saw: by step, losses and gradient norms; pieces of first gradients and of final state."""
-
-    losses: list[float]
-    norms: list[float]
-    gradients: list[Piece] = field(default_factory=list)
-    state: list[Piece] = field(default_factory=list)
-    scalars: dict[str, float] = field(default_factory=dict)
-
-
-def make_plan(family: str, world_size: int, distribution: dict[str, Any], **training: Any) -> Plan:
-    from mpsdk.config import Distribution, Training
-
-    settings = {
-        "steps": 10, "global_batch": GLOBAL_BATCH, "sequence_length": SEQUENCE_LENGTH, "accumulation": 2,
-        "learning_rate": 1e-3, "max_grad_norm": 0.5, "seed": 3, **training,
-    }  # fmt: skip
-    spec = read_model(FAMILIES[family] | settings.pop("model", {})).spec
-    return resolve(
-        Distribution.parse(distribution),
-        describe_spec(spec),
-        Training(**settings),
-        world_size=world_size,
-        framework="torch",
-    )
-
-
-def global_batch(
-    step: int, vocab_size: int, length: int = SEQUENCE_LENGTH, rows: int = GLOBAL_BATCH
-) -> Batch:
-    """Rows of a made-up language in which a token mostly decides the next, so that there is something to learn.
-    Some labels are ignored, unevenly over rows."""
-    random = np.random.default_rng(1000 + step)
-    tokens = np.empty((rows, length + 1), np.int64)
-    tokens[:, 0] = random.integers(vocab_size, size=rows)
-    for position in range(length):
-        surprise = random.integers(vocab_size, size=rows)
-        follow = (tokens[:, position] * 7 + 3) % vocab_size
-        tokens[:, position + 1] = np.where(random.random(rows) < 0.2, surprise, follow)
-    labels = tokens[:, 1:].astype(np.int32)
-    ignored = random.random(labels.shape) < np.linspace(0, 0.6, rows)[:, None]
-    labels[ignored] = IGNORED_LABEL
-    return {"input_ids": tokens[:, :-1].astype(np.int32), "labels": labels}
-
-
-def rows_of(batch: Batch, plan: Plan, rank: int) -> Batch:
-    """This data rank's share, shaped (accumulation, microbatches, microbatch size, length)."""
-    share = plan.training.global_batch // plan.data_size
-    start = plan.topology.data_rank(rank) * share
-    shape = (plan.training.accumulation, plan.microbatches, plan.microbatch_size, -1)
-    return {name: rows[start : start + share].reshape(shape) for name, rows in batch.items()}
+make_plan = partial(cases.make_plan, framework="torch")
 
 
 def train(
@@ -107,28 +28,12 @@ def train(
     from mpsdk_torch.backend import TorchBackend
 
     backend = TorchBackend()
-    try:
-        backend.build(plan, place)
-        backend.load(source or RandomSource(plan.description, plan.training.seed))
-        outcome = Outcome([], [])
+
+    def prepare(outcome: Outcome) -> None:
         if gradients:
             _record_first_gradients(backend, outcome.gradients)
-        vocab = plan.description.vocab_size or 0
-        for step in range(start, start + steps):
-            batch = rows_of(global_batch(step, vocab, rows=plan.training.global_batch), plan, place.rank)
-            rate = plan.training.learning_rate_at(step)
-            values = backend.step(batch, step=step, learning_rate=rate).read()
-            outcome.losses.append(values["loss"])
-            outcome.norms.append(values["grad_norm"])
-        state = backend.shards()
-        for shard in state.shards:
-            outcome.state.append(
-                (f"{shard.slot}/{shard.name}", shard.global_shape, shard.offset, shard.read())
-            )
-        outcome.scalars.update(state.scalars)
-        return outcome
-    finally:
-        backend.close()
+
+    return cases.train(backend, place, plan, steps, source=source, start=start, prepare=prepare)
 
 
 def train_each(place: Place, jobs: Sequence[tuple[Plan, int]]) -> list[Outcome]:
@@ -143,19 +48,7 @@ def evaluate_then_train(place: Place, plan: Plan, steps: int) -> tuple[list[floa
     """For each step the batch's loss evaluated before the step, and the loss that the step saw."""
     from mpsdk_torch.backend import TorchBackend
 
-    backend = TorchBackend()
-    evaluated, trained = [], []
-    try:
-        backend.build(plan, place)
-        backend.load(RandomSource(plan.description, plan.training.seed))
-        for step in range(steps):
-            batch = rows_of(global_batch(step, plan.description.vocab_size or 0), plan, place.rank)
-            total, count = backend.evaluate(batch, step=step)
-            evaluated.append(total / count)
-            trained.append(backend.step(batch, step=step, learning_rate=1e-2).read()["loss"])
-        return evaluated, trained
-    finally:
-        backend.close()
+    return cases.evaluate_then_train(TorchBackend(), place, plan, steps)
 
 
 def _record_first_gradients(backend: Any, into: list[Piece]) -> None:
@@ -175,30 +68,3 @@ def _record_first_gradients(backend: Any, into: list[Piece]) -> None:
         update()
 
     optimizer._torch.step = recording
-
-
-def assemble(pieces: list[Piece]) -> dict[str, NDArray[np.float32]]:
-    """Whole tensors from the pieces of all ranks; every element must come from exactly one."""
-    whole: dict[str, NDArray[np.float32]] = {}
-    written: dict[str, NDArray[np.int8]] = {}
-    for name, shape, offset, values in pieces:
-        place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
-        whole.setdefault(name, np.zeros(shape, np.float32))[place] = values
-        written.setdefault(name, np.zeros(shape, np.int8))[place] += 1
-    for name, counts in written.items():
-        assert (counts == 1).all(), f"{name}: elements written {counts.min()} to {counts.max()} times"
-    return whole
-
-
-class MemorySource:
-    """A TensorSource over whole tensors, named slot/name."""
-
-    def __init__(self, tensors: dict[str, NDArray[np.float32]], scalars: dict[str, float]) -> None:
-        self.tensors, self.scalars = tensors, scalars
-        self.slots = frozenset(name.split("/")[0] for name in tensors)
-
-    def read(
-        self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]
-    ) -> NDArray[np.float32]:
-        place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        return self.tensors[f"{slot}/{name}"][place]

@@ -19,17 +19,11 @@ from mpsdk.errors import ConfigError
 from mpsdk.estimate import estimate
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
-from tests.torch.cases import (
-    Outcome,
-    _record_first_gradients,
-    assemble,
-    global_batch,
-    make_plan,
-    rows_of,
-    train,
-)
+from tests.cases import BOUND, Outcome, assemble, assert_parity, global_batch, rows_of
+from tests.layouts import LAYOUTS, RECOMPUTE
+from tests.torch.cases import _record_first_gradients, make_plan, train
 from tests.torch.pool import CaseError, WorkerPool
-from tests.torch.test_parity import BOUND, LAYOUTS, RECOMPUTE, assert_parity, reference
+from tests.torch.test_parity import reference
 
 TRACED = "aot_eager_decomp_partition"
 INDUCTOR = "inductor"

@@ -10,9 +10,10 @@ import torch
 
 from mpsdk.plan import Plan
 from mpsdk_torch.dropout import Moment, Site, dropout
-from tests.torch.cases import Outcome, assemble, make_plan, train_each
+from tests.cases import Outcome, assemble
+from tests.layouts import LAYOUTS, RECOMPUTE
+from tests.torch.cases import make_plan, train_each
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import LAYOUTS, RECOMPUTE
 
 MODES: dict[str, Any] = {"none": "none", **RECOMPUTE}
 

@@ -11,7 +11,8 @@ from mpsdk.backend import Place
 from mpsdk.estimate import estimate
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
-from tests.torch.cases import global_batch, make_plan, rows_of
+from tests.cases import global_batch, rows_of
+from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
 
 SCALARS = 256  # bytes: losses, counts, loss scales

@@ -18,7 +18,8 @@ from mpsdk.estimate import estimate
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
 from mpsdk.topology import AXES
-from tests.torch.cases import global_batch, make_plan, rows_of
+from tests.cases import global_batch, rows_of
+from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
 
 Sent = Counter[tuple[str, tuple[int, ...], int]]  # collective, ranks, bytes of the payload

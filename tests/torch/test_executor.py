@@ -22,9 +22,10 @@ from mpsdk.backend import Place
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
 from mpsdk.schedule import GENERATORS
-from tests.torch.cases import Outcome, assemble, evaluate_then_train, global_batch, make_plan, rows_of, train
+from tests.cases import Outcome, assemble, global_batch, rows_of
+from tests.layouts import RECOMPUTE
+from tests.torch.cases import evaluate_then_train, make_plan, train
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import RECOMPUTE
 
 VIRTUAL_STAGES = {"interleaved": 2, "zb-v": 2}
 SPLIT = {"zb-h1", "zb-v"}

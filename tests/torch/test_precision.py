@@ -8,9 +8,11 @@ import torch
 
 from mpsdk.config import Precision
 from mpsdk_torch.precision import LossScale
-from tests.torch.cases import assemble, make_plan, train
+from tests.cases import assemble
+from tests.layouts import LAYOUTS
+from tests.torch.cases import make_plan, train
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import LAYOUTS, reference
+from tests.torch.test_parity import reference
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])

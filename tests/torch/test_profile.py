@@ -29,7 +29,8 @@ from mpsdk.profile import (
 )
 from mpsdk.report.timeline import ProfiledStep, draw_profile
 from mpsdk.schedule import COMPUTE, RECEIVES, Action, Kind
-from tests.torch.cases import global_batch, make_plan, rows_of
+from tests.cases import global_batch, rows_of
+from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,9 +10,10 @@ import pytest
 from mpsdk.backend import Place
 from mpsdk.checkpoint import Checkpoint, commit, step_directory, write_rank
 from mpsdk.plan import Plan
-from tests.torch.cases import Outcome, assemble, make_plan, train
+from tests.cases import BOUND, Outcome, assemble
+from tests.layouts import LAYOUTS
+from tests.torch.cases import make_plan, train
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import BOUND, LAYOUTS
 
 TOTAL, HALF = 6, 3
 LAYOUTS_HERE = LAYOUTS | {

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpsdk.backend import Place
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
-from tests.torch.cases import global_batch, make_plan, rows_of
+from tests.cases import global_batch, rows_of
+from tests.layouts import LAYOUTS
+from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import LAYOUTS
 
 READS = {
     torch.ops.aten._local_scalar_dense.default,

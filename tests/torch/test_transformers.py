@@ -14,16 +14,10 @@ from mpsdk.backend import IGNORED_LABEL, Place
 from mpsdk.families import read_model
 from mpsdk.families.hf import HuggingFaceSource, export
 from mpsdk_torch import from_pretrained
-from tests.torch.cases import (
-    MemorySource,
-    Outcome,
-    assemble,
-    global_batch,
-    make_plan,
-    train,
-)
+from tests.cases import BOUND, MemorySource, Outcome, assemble, global_batch
+from tests.layouts import LAYOUTS
+from tests.torch.cases import make_plan, train
 from tests.torch.pool import WorkerPool
-from tests.torch.test_parity import BOUND, LAYOUTS
 
 CONFIGS = {
     "gpt2": GPT2Config(
