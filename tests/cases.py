@@ -105,10 +105,12 @@ def train(
     source: TensorSource | None = None,
     start: int = 0,
     prepare: Callable[[Outcome], None] = lambda outcome: None,
+    after_first: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """`steps` optimizer steps of `backend` from `source`, or from the plan's own initial weights.
 
-    `prepare` is called once the backend is filled, with the outcome, for what only one framework knows how to record.
+    `prepare` is called with the outcome once the backend is filled, `after_first` after the first step: either may add the
+    first update's gradients.
     """
     try:
         backend.build(plan, place)
@@ -122,6 +124,8 @@ def train(
             values = backend.step(batch, step=step, learning_rate=rate).read()
             outcome.losses.append(values["loss"])
             outcome.norms.append(values["grad_norm"])
+            if step == start:
+                after_first(outcome)
         state = backend.shards()
         for shard in state.shards:
             outcome.state.append(
