@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.contenders import Contender, Seat
+from benchmarks.contenders import TORCH, Contender, Seat, framework
 from benchmarks.ranks import Worker, end
 from benchmarks.sizes import Size
 
@@ -110,9 +110,8 @@ class _Team:
 
 def _serve(connection: Connection, make: str, seat: Seat, threads: int) -> None:
     """One process: answer the team's questions until the pipe closes."""
-    import torch
-
-    torch.set_num_threads(threads)
+    os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="-1")
+    _take_threads(framework(make), threads)
     os.environ.update(RANK=str(seat.rank), WORLD_SIZE=str(seat.world_size), LOCAL_RANK=str(seat.rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     worker = _Worker(make, seat)
@@ -126,6 +125,23 @@ def _serve(connection: Connection, make: str, seat: Seat, threads: int) -> None:
         except Exception:
             answer = (True, traceback.format_exc())
         connection.send(answer)
+
+
+def _take_threads(framework: str, threads: int) -> None:
+    """As many threads as the match has, for every contender of a framework alike.
+
+    TensorFlow has two pools: one that an operation's work is cut over, and one that operations wait and run side by side
+    in. Collectives need two of the second.
+    """
+    if framework == TORCH:
+        import torch
+
+        torch.set_num_threads(threads)
+    else:
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
 
 
 class _Worker:

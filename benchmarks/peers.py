@@ -4,7 +4,7 @@
     python -m benchmarks.peers --size small dp-2 pp-2   # some, printed only
 
 Every contender starts from the same weights, takes the same batches in fp32, clips at 1.0 and updates by AdamW; their
-losses must agree, or there is no result.
+losses must agree, or there is no result. Contenders whose libraries are not installed are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.arena import Entry, Result, compete
+from benchmarks.contenders import missing
+from benchmarks.matches import MATCHES, Match
 from benchmarks.page import fill, head
 from benchmarks.page import row as line
 from benchmarks.record import machine, write_json
@@ -28,66 +29,19 @@ from benchmarks.sizes import SIZES, Size
 RESULT = Path(__file__).parent / "results" / "peers.json"
 DOCS = Path(__file__).parents[1] / "docs"
 LOSS_TOLERANCE = 1e-4  # relative, after the first turn
-PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}, "data_parallel": 1}
-ZB_H1 = PP2 | {"pipeline": PP2["pipeline"] | {"schedule": "zb-h1"}}
-
-
-def ours(**distribution: Any) -> Entry:
-    return Entry("mpsdk", "ours:plan", {"distribution": distribution})
-
-
-@dataclass(frozen=True)
-class Match:
-    """Contenders that do the same, mpsdk first; `processes` of them, each with `threads`."""
-
-    processes: int
-    threads: int
-    entries: tuple[Entry, ...]
-
-
-def _data_parallel(processes: int) -> Match:
-    return Match(processes, 1, (ours(data_parallel=processes), Entry("DDP", "loops:ddp")))
-
-
-def _sharded(processes: int) -> Match:
-    peers = Entry("FSDP2 by hand", "loops:fsdp2"), Entry("Accelerate, FSDP2", "accelerated:fsdp2")
-    return Match(processes, 1, (ours(sharded_data_parallel=processes), *peers))
-
-
-MATCHES: dict[str, Match] = {
-    "single": Match(
-        1,
-        2,
-        (
-            ours(),
-            Entry("transformers, AdamW", "loops:plain"),
-            Entry("transformers, fused AdamW", "loops:plain_fused"),
-        ),
-    ),
-    "dp-2": _data_parallel(2),
-    "dp-4": _data_parallel(4),
-    "sdp-2": _sharded(2),
-    "sdp-4": _sharded(4),
-    "pp-2": Match(
-        2,
-        1,
-        (
-            ours(**PP2),
-            Entry("mpsdk, zb-h1", "ours:plan", {"distribution": ZB_H1}),
-            Entry("Schedule1F1B, our layers", "schedules:same_layers", {"distribution": PP2}),
-            Entry("Schedule1F1B, transformers", "schedules:transformers", {"distribution": PP2}),
-        ),
-    ),
-}
 
 
 def run(match: str, size: Size, rounds: int) -> list[dict[str, Any]]:
-    """One row a contender."""
+    """One row a contender; none where mpsdk itself or everybody else is left out."""
     chosen = MATCHES[match]
+    entries = [entry for entry in chosen.entries if _installed(entry)]
+    if len(entries) < 2 or entries[0] is not chosen.entries[0]:
+        print("  nothing to compare", flush=True)
+        return []
     with TemporaryDirectory(prefix="mpsdk-bench-") as directory:
         _write_model(size, directory)
         results = compete(
-            list(chosen.entries),
+            entries,
             size,
             world_size=chosen.processes,
             threads=chosen.threads,
@@ -95,6 +49,13 @@ def run(match: str, size: Size, rounds: int) -> list[dict[str, Any]]:
             model=directory,
         )
     return [_row(match, size, chosen, results[0], result) for result in results]
+
+
+def _installed(entry: Entry) -> bool:
+    lacking = missing(entry.make)
+    if lacking:
+        print(f"  left out: {entry.name}, because {' and '.join(lacking)} can't be found", flush=True)
+    return not lacking
 
 
 def _write_model(size: Size, directory: str) -> None:
@@ -133,7 +94,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table. Ratios: mpsdk's speed over the contender's, the contender's memory over mpsdk's."""
     ratio = row["speed_ratio"]
     lower, upper = ratio["quartiles"]
-    own = row["contender"] == "mpsdk"
+    own = row["contender"] == MATCHES[row["match"]].entries[0].name
     return (
         row["size"],
         row["match"],
@@ -221,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         result = measure(options.size or list(SIZES), options.matches or list(MATCHES), options.rounds)
         print_table(result["rows"])
-    if not whole:
+    if not whole or len(result["rows"]) < len(SIZES) * sum(len(match.entries) for match in MATCHES.values()):
         print("Only a part was measured; nothing was written")
         return
     write_json(RESULT, result)

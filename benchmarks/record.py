@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mpsdk", "torch", "transformers", "accelerate")
+PACKAGES = ("mpsdk", "torch", "transformers", "accelerate", "tensorflow", "tensorflow-cpu", "keras")
 
 
 def machine() -> dict[str, Any]:

@@ -6,9 +6,31 @@ A contender's module has functions that make a `Contender`; `benchmarks.peers` n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 from benchmarks.sizes import Size
+
+TORCH, TENSORFLOW = "torch", "tensorflow"
+NEEDS: dict[str, tuple[str, ...]] = {
+    "ours": (TORCH,),
+    "loops": (TORCH, "transformers"),
+    "accelerated": (TORCH, "transformers", "accelerate"),
+    "schedules": (TORCH, "transformers"),
+    "ours_tf": (TENSORFLOW, "keras"),
+    "keras_fit": (TENSORFLOW, "keras"),
+    "mirrored": (TENSORFLOW, "keras"),
+}
+"""By module: the libraries that its contenders stand on, the framework first."""
+
+
+def missing(make: str) -> list[str]:
+    """The libraries that contender "module:function" needs and that are not installed."""
+    return [library for library in NEEDS[make.partition(":")[0]] if find_spec(library) is None]
+
+
+def framework(make: str) -> str:
+    return NEEDS[make.partition(":")[0]][0]
 
 
 @dataclass(frozen=True)

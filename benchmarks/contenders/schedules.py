@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from benchmarks.contenders import Seat
 from benchmarks.contenders.loops import adamw, join, load
-from benchmarks.contenders.ours import plan_of
+from benchmarks.contenders.planned import plan_of
 from benchmarks.sizes import MAX_GRAD_NORM
 from mpsdk.backend import WEIGHT
 from mpsdk.families.hf import HuggingFaceSource
@@ -75,7 +75,7 @@ class Pipelined:
 def same_layers(seat: Seat) -> Pipelined:
     """mpsdk's stages and loss, run by torch's schedule."""
     join(seat)
-    plan, read = plan_of(seat)
+    plan, read = plan_of(seat, "torch")
     assert read.directory is not None and plan.description.vocab_size is not None
     vocab_size = plan.description.vocab_size
     source = HuggingFaceSource(read.directory, read.family, read.spec)
@@ -98,7 +98,7 @@ def same_layers(seat: Seat) -> Pipelined:
 def transformers(seat: Seat) -> Pipelined:
     """transformers' GPT-2 cut by hand."""
     join(seat)
-    plan, _ = plan_of(seat)
+    plan, _ = plan_of(seat, "torch")
     stage = _Gpt2Stage(load(seat), plan.stages[seat.rank], first=seat.rank == 0)
     tied = stage.ends["tokens"].get_parameter("weight")
     return Pipelined(seat, stage, _cross_entropy, tied=tied, microbatches=plan.microbatches)

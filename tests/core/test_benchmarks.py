@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page, peers, scaling_report
+from benchmarks import contenders, page, peers, scaling_report
+from benchmarks.arena import Entry, Result
+from benchmarks.matches import MATCHES
 from benchmarks.sizes import SIZES
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_the_page_on_performance_shows_the_recorded_results(tmp_path: Path) -> None:
     copy = Path(shutil.copy(ROOT / "docs" / "performance.md", tmp_path))
     result = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
-    assert {row["match"] for row in result["rows"]} == set(peers.MATCHES)
+    assert {row["match"] for row in result["rows"]} == set(MATCHES)
     assert {row["size"] for row in result["rows"]} == set(SIZES)
     peers.write_page(result, copy)
     assert copy.read_text() == (ROOT / "docs" / "performance.md").read_text()
@@ -43,9 +45,45 @@ def test_a_page_without_a_tables_mark_is_an_error(tmp_path: Path) -> None:
 
 
 def test_every_match_has_mpsdk_first_and_contenders_that_are_there() -> None:
-    for match in peers.MATCHES.values():
-        assert match.entries[0].make == "ours:plan"
+    for match in MATCHES.values():
+        assert match.entries[0].make in ("ours:plan", "ours_tf:plan")
+        assert len({entry.name for entry in match.entries}) == len(match.entries)
         for entry in match.entries:
             module, _, function = entry.make.partition(":")
             source = (ROOT / "benchmarks" / "contenders" / f"{module}.py").read_text()
             assert f"\ndef {function}(seat: Seat)" in source, entry
+
+
+def test_tensorflow_is_measured_beside_its_own_and_beside_pytorch_under_the_same_plan() -> None:
+    for plan in ("single", "dp-2", "dp-4", "sdp-2", "tp-2", "pp-2"):
+        first, *others = MATCHES[f"tf-{plan}"].entries
+        assert (first.make, others[-1].make) == ("ours_tf:plan", "ours:plan")
+        assert first.options == others[-1].options
+    for name, match in MATCHES.items():
+        compiled = [entry for entry in match.entries if "XLA" in entry.name]
+        assert bool(compiled) is name.endswith("-xla")
+        for entry in compiled:
+            settings = entry.options.get("distribution", entry.options)
+            assert isinstance(settings, dict) and settings["compile"] is True
+
+
+def test_contenders_whose_libraries_are_not_installed_are_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = {"tensorflow", "keras"}
+    monkeypatch.setattr(contenders, "find_spec", lambda name: name if name in installed else None)
+    asked: list[str] = []
+
+    def compete(entries: list[Entry], *_: object, **__: object) -> list[Result]:
+        asked.extend(entry.name for entry in entries)
+        return [Result(entry, seconds=[1.0, 2.0, 4.0], losses=[9.0], memory=2**20) for entry in entries]
+
+    monkeypatch.setattr(peers, "compete", compete)
+    rows = peers.run("tf-dp-2", SIZES["small"], 3)
+    assert asked == [row["contender"] for row in rows] == ["mpsdk, TensorFlow", "MultiWorkerMirroredStrategy"]
+    assert "left out: mpsdk, PyTorch, because torch can't be found" in capsys.readouterr().out
+
+    assert peers.run("dp-2", SIZES["small"], 3) == []
+    out = capsys.readouterr().out
+    assert "left out: DDP, because torch and transformers can't be found" in out
+    assert "nothing to compare" in out
