@@ -29,6 +29,10 @@ Batch = Mapping[str, NDArray[np.int32]]
 
 IGNORED_LABEL = -100
 WEIGHT = "weight"
+# The scalars of a rank's state.
+OPTIMIZER_STEP = "optimizer_step"
+LOSS_SCALE = "loss_scale"
+GOOD_STEPS = "loss_scale_good_steps"
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class RankState:
     """What one rank contributes to a checkpoint: each piece is written by exactly one rank; scalars are equal on all."""
 
     shards: Iterable[Shard]
-    scalars: Mapping[str, float | int]  # "optimizer_step", "loss_scale", "loss_scale_good_steps"
+    scalars: Mapping[str, float | int]
 
 
 @runtime_checkable

@@ -57,6 +57,17 @@ class LocalTensor:
     def name(self) -> str:
         return self.tensor.name
 
+    def rows(self, sdp: int, degree: int) -> tuple[int, int]:
+        """The rows [start, stop) of it at coordinate `sdp` of `degree`: dimension 0 is cut as `torch.chunk` cuts, into
+        parts of ceil(rows / degree) rows, until there are no more."""
+        part = -(-self.shape[0] // degree)
+        return min(sdp * part, self.shape[0]), min((sdp + 1) * part, self.shape[0])
+
+    def canonical_slice(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape, in the canonical tensor, of its rows [start, stop); padding left out."""
+        rows = max(0, min(stop, self.valid[0]) - start)
+        return (self.offset[0] + start, *self.offset[1:]), (rows, *self.valid[1:])
+
 
 class Plan(BaseModel):
     """A resolved layout. JSON round trip by `save` and `load`; equal plans have equal `hash`."""
@@ -132,6 +143,18 @@ class Plan(BaseModel):
             *(model.head if last else ()),
         ]
         return tuple(self._cut(tensor, tp) for tensor in tensors if not (first and last and tensor.tied_to))
+
+    def units(self, stage: int, tp: int) -> tuple[tuple[LocalTensor, ...], ...]:
+        """The tensors of `stage_tensors` by what is gathered and reduced together under sharded data parallelism: the
+        embedding, each block, the head; embedding and head are one unit where a tensor ties them on one stage."""
+        joined = len(self.stages) == 1 and any(tensor.tied_to for tensor in self.description.head)
+        found: dict[tuple[str, int | None], list[LocalTensor]] = {}
+        for held in self.stage_tensors(stage, tp):
+            part = held.tensor.part
+            found.setdefault(("ends" if joined and part != "block" else part, held.tensor.block), []).append(
+                held
+            )
+        return tuple(map(tuple, found.values()))
 
     def _cut(self, tensor: TensorDescription, tp: int) -> LocalTensor:
         offset, shape = [0] * len(tensor.shape), list(tensor.shape)

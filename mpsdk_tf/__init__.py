@@ -1,4 +1,26 @@
-"""The TensorFlow backend of mpsdk. Not there yet: this package holds its name and nothing else.
+"""The TensorFlow backend of mpsdk.
 
-`framework="tensorflow"` is refused by `Estimator.plan` until the backend's entry point is installed.
+Names are loaded when they are used, so that `mpsdk_tf.limits` can be read without importing tensorflow.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpsdk_tf.backend import TensorFlowBackend
+    from mpsdk_tf.pretrained import from_config, from_pretrained
+
+_HOMES = {
+    "TensorFlowBackend": "mpsdk_tf.backend",
+    "from_config": "mpsdk_tf.pretrained",
+    "from_pretrained": "mpsdk_tf.pretrained",
+}
+__all__ = ["TensorFlowBackend", "from_config", "from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

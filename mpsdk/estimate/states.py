@@ -74,22 +74,20 @@ def shard_elements(shape: tuple[int, ...], sdp: int, degree: int) -> int:
 
 def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
     """The units of `stage` in the order of its forward."""
-    ends_joined = len(plan.stages) == 1 and any(tensor.tied_to for tensor in plan.description.head)
-    groups: dict[tuple[UnitKind, int | None], list[LocalTensor]] = {}
-    for held in plan.stage_tensors(stage, 0):
-        kind: UnitKind = held.tensor.part
-        if ends_joined and kind != "block":
-            kind = "embedding and head"
-        groups.setdefault((kind, held.tensor.block), []).append(held)
     return tuple(
         Unit(
-            kind=kind,
+            kind=_kind(group),
             shapes=tuple(held.shape for held in group),
             replicated=tuple(held.tensor.cut_dimension is None for held in group),
             tied=tuple(held.tied for held in group),
         )
-        for (kind, _), group in groups.items()
+        for group in plan.units(stage, 0)
     )
+
+
+def _kind(group: tuple[LocalTensor, ...]) -> UnitKind:
+    parts = {held.tensor.part for held in group}
+    return "embedding and head" if len(parts) > 1 else group[0].tensor.part
 
 
 def share_classes(units: Iterable[Unit], degree: int) -> list[ShareClass]:

@@ -1,0 +1,91 @@
+"""The TensorFlow backend: the eight verbs, each one line of the rooms beside it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import tensorflow as tf
+
+from mpsdk.backend import Batch, Place, RankState, StepResult, TensorSource
+from mpsdk.description import ModelDescription
+from mpsdk.errors import BackendError, ConfigError, Problem
+from mpsdk.families import FAMILIES
+from mpsdk.plan import Plan
+from mpsdk_tf.checkpoint import fill_optimizer, fill_weights, rank_state
+from mpsdk_tf.compiled import is_compiled, verify_compiler
+from mpsdk_tf.optimizer import ShardedOptimizer
+from mpsdk_tf.parallelize import Feed, parallelize
+from mpsdk_tf.parameters import held_parameters
+from mpsdk_tf.precision import LossScale
+from mpsdk_tf.step import Trainer
+from mpsdk_tf.topology import Groups, Membership, join, make_groups
+
+
+@dataclass(frozen=True)
+class _Built:
+    membership: Membership
+    groups: Groups
+    optimizer: ShardedOptimizer
+    trainer: Trainer
+
+
+class TensorFlowBackend:
+    """See `mpsdk.backend.Backend`.
+
+    Args:
+        threads: the ranks are threads of one process, each on a logical CPU device of its own.
+    """
+
+    def __init__(self, *, threads: bool = False) -> None:
+        self._threads = threads
+        self._built: _Built | None = None
+
+    def describe(self, model: object) -> ModelDescription:
+        known = ", ".join(FAMILIES)
+        remedy = f"the TensorFlow backend trains the model families so far; give a configuration of one of: {known}"
+        raise ConfigError([Problem("model", type(model).__name__, remedy)])
+
+    def build(self, plan: Plan, place: Place) -> None:
+        membership = join(place, threads=self._threads)
+        groups = make_groups(plan, place, membership.device)
+        with tf.device(groups.device):
+            if is_compiled(plan):
+                verify_compiler(groups.device)
+            feed = Feed()
+            held = held_parameters(
+                plan, plan.stages_of(place.rank), tp=groups.coordinates.tp, sdp=groups.coordinates.sdp
+            )
+            stages = {number: parallelize(plan, number, of, groups, feed) for number, of in held.items()}
+            loss_scale = LossScale(plan.distribution.precision)
+            optimizer = ShardedOptimizer(held, plan.training, groups, loss_scale)
+            trainer = Trainer(plan, place, groups, stages, optimizer, feed)
+        self._built = _Built(membership, groups, optimizer, trainer)
+
+    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
+        return self._ready.trainer.step(batch, step=step, learning_rate=learning_rate)
+
+    def profile(self, directory: Path | None) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+        return self._ready.trainer.evaluate(batch, step=step)
+
+    def shards(self) -> RankState:
+        return rank_state(self._ready.optimizer, writes=self._ready.groups.coordinates.dp == 0)
+
+    def load(self, source: TensorSource) -> None:
+        fill_weights(self._ready.optimizer.held, source)
+        fill_optimizer(self._ready.optimizer, source)
+
+    def close(self) -> None:
+        if self._built is not None and self._built.membership.watchdog is not None:
+            self._built.membership.watchdog.stop()
+        self._built = None
+
+    @property
+    def _ready(self) -> _Built:
+        if self._built is None:
+            raise BackendError("build the backend with a plan first")
+        return self._built

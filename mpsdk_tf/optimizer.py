@@ -1,0 +1,150 @@
+"""The optimizer on this rank's shards: tied and split gradients summed, the global norm, clipping, and the update.
+
+The updates are TensorFlow's own fused kernels, given the numbers that make them PyTorch's AdamW and SGD, which the plan's
+conventions are. An overflowed step is skipped, and nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import tensorflow as tf
+
+from mpsdk.config import Training
+from mpsdk_tf.comm import Group, all_reduce
+from mpsdk_tf.parameters import Held
+from mpsdk_tf.precision import LossScale
+from mpsdk_tf.topology import Groups
+
+Tensor = tf.Tensor
+
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+
+
+class ShardedOptimizer:
+    """AdamW or SGD over the parameters held here.
+
+    Args:
+        held: this rank's parameters, by stage.
+        loss_scale: what the loss was multiplied by; divided out again here.
+    """
+
+    def __init__(
+        self, held: Mapping[int, Sequence[Held]], training: Training, groups: Groups, loss_scale: LossScale
+    ) -> None:
+        self.held: list[Held] = list(chain.from_iterable(held.values()))
+        self.training, self.groups, self.loss_scale = training, groups, loss_scale
+        self._updated = [item for item in self.held if item.local.shape.num_elements()]
+        self.steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.state: dict[str, dict[str, tf.Variable]] = {  # by parameter: checkpoint slots
+            item.name: {slot: tf.Variable(tf.zeros_like(item.local), trainable=False) for slot in self.slots}
+            for item in self._updated
+        }
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Checkpoint slots in use."""
+        if self.training.optimizer == "sgd" and self.training.momentum == 0.0:
+            return ()
+        return SLOTS[self.training.optimizer]
+
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: Tensor) -> Tensor:
+        """Reduce what is left to reduce, clip, and update. Gives the global gradient norm."""
+        found = {item.name: gradients[item.name] for item in self._updated}
+        self._sum_tied(found)
+        self._sum_split(found)
+        norm = self._global_norm(found) / self.loss_scale.scale
+        overflowed = ~tf.math.is_finite(norm)
+        divisor = self.loss_scale.scale.read_value()
+        if self.training.max_grad_norm is not None:
+            divisor = divisor * tf.maximum(norm / self.training.max_grad_norm, 1.0)
+
+        def update() -> tf.Operation:
+            return self._update({name: gradient / divisor for name, gradient in found.items()}, learning_rate)
+
+        if not self.loss_scale.active:
+            update()
+            return norm
+        tf.cond(overflowed, lambda: tf.no_op(), update)
+        self.loss_scale.update(overflowed)
+        return norm
+
+    def _update(self, gradients: Mapping[str, Tensor], learning_rate: Tensor) -> tf.Operation:
+        steps = tf.cast(self.steps.assign_add(1), tf.float32)
+        apply = self._adamw if self.training.optimizer == "adamw" else self._sgd
+        return tf.group(*(apply(item, gradients[item.name], learning_rate, steps) for item in self._updated))
+
+    def _adamw(self, item: Held, gradient: Tensor, learning_rate: Tensor, steps: Tensor) -> tf.Operation:
+        """Loshchilov and Hutter 2017 (arXiv:1711.05101), epsilon beside the corrected root, as PyTorch has it.
+
+        TensorFlow's kernel corrects the learning rate and not the root, so its epsilon is given times that correction.
+        """
+        training, state = self.training, self.state[item.name]
+        if training.weight_decay and item.planned.tensor.decay:
+            item.local.assign(item.local * (1.0 - learning_rate * training.weight_decay))
+        first, second = training.betas
+        powers = [tf.exp(steps * math.log(beta)) for beta in (first, second)]
+        return tf.raw_ops.ResourceApplyAdam(
+            var=item.local.handle,
+            m=state["exp_avg"].handle,
+            v=state["exp_avg_sq"].handle,
+            beta1_power=powers[0],
+            beta2_power=powers[1],
+            lr=learning_rate,
+            beta1=tf.constant(first, tf.float32),
+            beta2=tf.constant(second, tf.float32),
+            epsilon=training.epsilon * tf.sqrt(1.0 - powers[1]),
+            grad=gradient,
+        )
+
+    def _sgd(self, item: Held, gradient: Tensor, learning_rate: Tensor, steps: Tensor) -> tf.Operation:
+        training = self.training
+        if training.weight_decay and item.planned.tensor.decay:
+            gradient = gradient + training.weight_decay * item.local
+        if not self.slots:
+            return item.local.assign_sub(learning_rate * gradient)
+        return tf.raw_ops.ResourceApplyMomentum(
+            var=item.local.handle,
+            accum=self.state[item.name]["momentum"].handle,
+            lr=learning_rate,
+            grad=gradient,
+            momentum=tf.constant(training.momentum, tf.float32),
+        )
+
+    def _sum_tied(self, gradients: dict[str, Tensor]) -> None:
+        """A tied tensor has a copy on the first stage and one on the last; both get the sum of their gradients."""
+        copies = [item.name for item in self._updated if item.planned.tied]
+        if self.groups.tied is not None:
+            _all_reduce_flat(gradients, copies, self.groups.tied)
+        elif copies:  # both stages are here, as in a schedule shaped like a V
+            total = tf.add_n([gradients[name] for name in copies])
+            gradients |= dict.fromkeys(copies, total)
+
+    def _sum_split(self, gradients: dict[str, Tensor]) -> None:
+        """Under sequence parallelism a replicated parameter sees only a part of the sequence on each rank."""
+        group = self.groups.tensor
+        if group.handle is not None and group.sequence_parallel:
+            replicated = [item.name for item in self._updated if item.planned.tensor.cut_dimension is None]
+            _all_reduce_flat(gradients, replicated, group.handle)
+
+    def _global_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The 2-norm of the whole model's gradient, each element counted by its one owner."""
+        owned = [gradients[item.name] for item in self._updated if item.planned.owned]
+        total = tf.zeros((), tf.float32)
+        if owned:
+            total = tf.square(tf.linalg.global_norm(owned))
+        return tf.sqrt(all_reduce(total, self.groups.model))
+
+
+def _all_reduce_flat(gradients: dict[str, Tensor], names: Sequence[str], group: Group) -> None:
+    """Sum the gradients of `names` over `group` in one message."""
+    if not names:
+        return
+    shapes = [gradients[name].shape for name in names]
+    flat = tf.concat([tf.reshape(gradients[name], (-1,)) for name in names], axis=0)
+    parts = tf.split(all_reduce(flat, group), [shape.num_elements() for shape in shapes])
+    gradients |= {
+        name: tf.reshape(part, shape) for name, part, shape in zip(names, parts, shapes, strict=True)
+    }

@@ -1,0 +1,256 @@
+"""One training step on this rank, as one program: count the valid tokens, run the schedule, update."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from mpsdk.backend import IGNORED_LABEL, Batch, Place
+from mpsdk.errors import BackendError
+from mpsdk.plan import Plan
+from mpsdk_tf.agreement import agree
+from mpsdk_tf.comm import all_reduce
+from mpsdk_tf.compiled import compiles_step
+from mpsdk_tf.dropout import Moment
+from mpsdk_tf.executor import Executor
+from mpsdk_tf.optimizer import ShardedOptimizer
+from mpsdk_tf.parallelize import Feed
+from mpsdk_tf.precision import COMPUTE_DTYPES
+from mpsdk_tf.sharded import ShardedReduction
+from mpsdk_tf.stage import Stage
+from mpsdk_tf.topology import Groups
+
+Tensor = tf.Tensor
+
+
+class Trainer:
+    """Traces the programs of a rank, once each, and runs them on a step's batch.
+
+    The loss is the sum of token losses over the count of valid tokens in the global batch, known before the first
+    backward, so that every layout gives the gradient that one process would.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        place: Place,
+        groups: Groups,
+        stages: Mapping[int, Stage],
+        optimizer: ShardedOptimizer,
+        feed: Feed,
+    ) -> None:
+        self.plan, self.place, self.groups, self.stages, self.optimizer = (
+            plan,
+            place,
+            groups,
+            stages,
+            optimizer,
+        )
+        self._feed = feed
+        self._step = 0
+        self._reduction = ShardedReduction({number: stage.units for number, stage in stages.items()}, plan)
+        self._executor = Executor(
+            stages,
+            stage_rank=plan.schedule.stage_rank,
+            links=groups.links,
+            hidden=self._hidden,
+            reduction=self._reduction,
+            note=self._note,
+        )
+        training = plan.training
+        rows = (training.accumulation, plan.microbatches, plan.microbatch_size, training.sequence_length)
+        ids, scalar = tf.TensorSpec(rows, tf.int32), tf.TensorSpec((), tf.float32)
+        self.batch_shape = rows
+        self.train_program = tf.function(
+            self._train,
+            input_signature=[ids, ids, tf.TensorSpec((), tf.int64), scalar],
+            autograph=False,
+            jit_compile=True if compiles_step(plan) else None,
+        )
+        self.evaluation_program = tf.function(
+            self._evaluate,
+            input_signature=[ids, ids],
+            autograph=False,
+            jit_compile=True if compiles_step(plan) else None,
+        )
+        self._report_program = tf.function(
+            self._report, input_signature=[scalar, tf.TensorSpec((2,), tf.float64)], autograph=False
+        )
+        self._agreed = False
+
+    def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
+        """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
+        self._step = step
+        inputs = self._take(batch)
+        with tf.device(self.groups.device):
+            loss, norm, scale = self.train_program(
+                *inputs, tf.constant(step, tf.int64), tf.constant(learning_rate, tf.float32)
+            )
+        return PendingStep(self, loss=loss, norm=norm, loss_scale=scale)
+
+    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+        """Sum of token losses and count of valid tokens over all data ranks."""
+        self._step = step
+        inputs = self._take(batch)
+        with tf.device(self.groups.device):
+            total, count = self.evaluation_program(*inputs)
+        return float(total), float(count)
+
+    def report(self, loss: Tensor, largest: Sequence[float]) -> tuple[float, list[float]]:
+        """The sum of `loss` over data ranks, and the largest of the other values over all ranks."""
+        with tf.device(self.groups.device):
+            total, most = self._report_program(loss, tf.constant(largest, tf.float64))
+        return float(total), [float(value) for value in most]
+
+    # -- the programs -----------------------------------------------------------------------------------------------
+
+    def _train(
+        self, ids: Tensor, labels: Tensor, step: Tensor, learning_rate: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._note("tracing the training program")
+        count = self._count_tokens(labels)
+        divisor = tf.maximum(count, 1.0)
+        scale = self.optimizer.loss_scale.scale.read_value()
+        for stage in self.stages.values():
+            stage.begin()
+        passes = self.plan.training.accumulation
+        actions = self.plan.actions(self.place.rank)
+
+        def run(number: int | Tensor, sums: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            read = self._feed_from(ids[number], labels[number], step, number)
+            self._reduction.begin(sums)
+            total = self._executor.run(actions, read, scale / divisor)
+            return total, self._reduction.sums
+
+        if passes == 1:
+            total, _ = run(0, {})
+        else:
+
+            def once_more(number: Tensor, total: Tensor, sums: dict[str, Tensor]) -> tuple[Tensor, ...]:
+                added, sums = run(number, sums)
+                return number + 1, total + added, sums
+
+            start = (tf.constant(0), tf.zeros((), tf.float32), self._reduction.zeros())
+            _, total, sums = tf.while_loop(
+                lambda number, *_: number < passes, once_more, start, parallel_iterations=1
+            )
+            self._reduction.begin(sums)
+        norm = self.optimizer.step(self._reduction.finish(), learning_rate)
+        return total / divisor, norm, scale
+
+    def _evaluate(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self._note("tracing the evaluation program")
+        count = self._count_tokens(labels)
+        for stage in self.stages.values():
+            stage.begin()
+        actions = self.plan.evaluation_schedule.actions[self.groups.coordinates.pp]
+
+        def once_more(number: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            read = self._feed_from(ids[number], labels[number], tf.zeros((), tf.int64), number)
+            return number + 1, total + self._executor.evaluate(actions, read)
+
+        start = (tf.constant(0), tf.zeros((), tf.float32))
+        passes = self.plan.training.accumulation
+        _, total = tf.while_loop(lambda number, _: number < passes, once_more, start, parallel_iterations=1)
+        return self._sum_over_world(total), count
+
+    def _report(self, loss: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        return self._sum_over_world(loss), all_reduce(largest, self.groups.world, "Max")
+
+    def _sum_over_world(self, value: Tensor) -> Tensor:
+        """The sum over data ranks of what the last stage counted, on every rank.
+
+        The loss is the same on all tensor-parallel ranks of the last stage: one of them speaks for it.
+        """
+        counts = (len(self.plan.stages) - 1) in self.stages and self.groups.coordinates.tp == 0
+        return all_reduce(value if counts else tf.zeros_like(value), self.groups.world)
+
+    def _count_tokens(self, labels: Tensor) -> Tensor:
+        """Valid tokens of the whole global batch."""
+        count = tf.reduce_sum(tf.cast(labels != IGNORED_LABEL, tf.float64))
+        return tf.cast(all_reduce(count, self.groups.data), tf.float32)
+
+    def _feed_from(
+        self, ids: Tensor, labels: Tensor, step: Tensor, number: int | Tensor
+    ) -> Callable[[int], Tensor]:
+        """Have parts read their labels and moments of pass `number`; gives where the first stage reads its ids."""
+        plan, data_rank = self.plan, self.plan.topology.data_rank(self.place.rank)
+
+        def moment(microbatch: int) -> Moment:
+            """Numbers a microbatch over the whole global batch, so that no two share a dropout mask."""
+            of_pass = (number * plan.data_size + data_rank) * plan.microbatches
+            return Moment(plan.training.seed, step, of_pass + microbatch)
+
+        self._feed.labels = lambda microbatch: labels[microbatch]
+        self._feed.moment = moment
+        return lambda microbatch: ids[microbatch]
+
+    @property
+    def _hidden(self) -> tf.TensorSpec:
+        """What travels between stages."""
+        plan, tensor = self.plan, self.groups.tensor
+        assert plan.description.spec is not None
+        length = plan.training.sequence_length // (tensor.size if tensor.sequence_parallel else 1)
+        shape = (plan.microbatch_size, length, plan.description.spec.hidden_size)
+        return tf.TensorSpec(shape, COMPUTE_DTYPES[plan.distribution.precision.mode])
+
+    def _note(self, activity: str) -> None:
+        self.place.note(f"step {self._step}: {activity}")
+
+    # -- the batch --------------------------------------------------------------------------------------------------
+
+    def _take(self, batch: Batch) -> list[Tensor]:
+        """The step's batch, of the shape that the programs have. The first time, all ranks agree on their programs.
+
+        Raises BackendError for another shape: a rank that ran another program than the rest would wait for ever.
+        """
+        for name in ("input_ids", "labels"):
+            if batch[name].shape != self.batch_shape:
+                raise BackendError(
+                    f"rank {self.place.rank} got {name} of shape {batch[name].shape}, and its plan has {self.batch_shape} "
+                    "(accumulation, microbatches, microbatch size, length); pad or drop what does not fill a batch"
+                )
+        if not self._agreed:
+            self._note("agreeing on the programs with the other ranks")
+            agree(self.plan, self.place, self.groups)
+            self._agreed = True
+        self._note("running the program of the step")
+        with tf.device(self.groups.device):
+            return [
+                tf.constant(np.ascontiguousarray(batch[name]), tf.int32) for name in ("input_ids", "labels")
+            ]
+
+
+class PendingStep:
+    """A step's results, still on the device."""
+
+    def __init__(self, trainer: Trainer, *, loss: Tensor, norm: Tensor, loss_scale: Tensor) -> None:
+        self._trainer, self._loss, self._norm, self._loss_scale = trainer, loss, norm, loss_scale
+
+    def wait(self) -> None:
+        self._norm.numpy()
+
+    def read(self, *, stop: bool = False) -> dict[str, float]:
+        """See `mpsdk.backend.StepResult`. Collective: every rank calls it after the same step."""
+        trainer = self._trainer
+        trainer._note("reading the loss")
+        loss, (stopped, peak) = trainer.report(self._loss, [float(stop), _peak_memory(trainer.groups)])
+        values = {
+            "loss": loss,
+            "grad_norm": float(self._norm),
+            "peak_memory_bytes": peak,
+            "stop": stopped,
+        }
+        if trainer.optimizer.loss_scale.active:
+            values["loss_scale"] = float(self._loss_scale)
+        return values
+
+
+def _peak_memory(groups: Groups) -> float:
+    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
+    if groups.on_gpu:
+        return float(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
