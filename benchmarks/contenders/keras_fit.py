@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from benchmarks.contenders import Seat
 from benchmarks.contenders.gpt2_keras import adamw, cross_entropy, gpt2
+from mpsdk_tf.pretrained import from_pretrained
 
 
 class Fit:
@@ -83,6 +84,4 @@ def keras_layers(seat: Seat) -> Fit:
 
 
 def our_layers(seat: Seat) -> Fit:
-    from mpsdk_tf.pretrained import from_pretrained
-
     return Fit(seat, from_pretrained(seat.model))
