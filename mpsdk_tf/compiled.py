@@ -18,7 +18,6 @@ import tensorflow as tf
 
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
-from mpsdk_tf.topology import Groups
 from mpsdk_tf.transformer import Transformer
 
 Tensor = tf.Tensor

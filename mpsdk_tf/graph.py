@@ -31,6 +31,7 @@ Keep = Callable[[Any], bool]
 """Whether the result of an operation of F is kept for the backward."""
 
 _MATRIX = 2  # weights of this rank and above have the gradients that are worth putting off
+_SAME_BUFFER = ("Identity", "Reshape")  # operations whose result is their input's memory
 
 
 class Gradients(NamedTuple):
@@ -197,11 +198,11 @@ class _Traced:
     def _walk(self, keep: Keep | None) -> set[int]:
         """Find what to keep: from every tensor that B reads back through F, up to an input or to what is kept.
 
-        Gives the inputs that are met. What depends on no input is never kept.
+        Gives the inputs that are met. What depends on no weight or hidden state (masks of ids, rows of seeds) is never
+        kept, and neither is what another tensor's buffer holds already.
         """
         inputs = {tensor.ref(): index for index, tensor in enumerate(self._inputs)}
-        varies = _varying(self._forward.graph, self._inputs)
-        reads = {tensor.ref() for tensor in self._reads.values()}
+        varies = _varying(self._forward.graph, [each for each in self._inputs if each.dtype.is_floating])
         met: set[int] = set()
         seen: set[Any] = set()
         waiting = list(self._reads.values())
@@ -210,11 +211,10 @@ class _Traced:
             if tensor.ref() in seen:
                 continue
             seen.add(tensor.ref())
+            kept = tensor.op.type not in _SAME_BUFFER if keep is None else keep(tensor.op)
             if tensor.ref() in inputs:
                 met.add(inputs[tensor.ref()])
-            elif not varies[tensor.op.name]:
-                continue
-            elif tensor.ref() in reads if keep is None else keep(tensor.op):
+            elif kept and varies[tensor.op.name]:
                 self.kept.append(tensor)
             else:
                 waiting.extend(tensor.op.inputs)
@@ -298,7 +298,7 @@ def _full(name: str) -> str:
 
 
 def _varying(graph: tf.Graph, inputs: Iterable[Tensor]) -> dict[str, bool]:
-    """For each operation, whether it depends on an input."""
+    """For each operation, whether it depends on one of `inputs`."""
     given = {tensor.op.name for tensor in inputs}
     varies: dict[str, bool] = {}
     for operation in graph.get_operations():

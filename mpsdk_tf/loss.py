@@ -39,10 +39,9 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group:
         largest = all_reduce(tf.reduce_max(whole, axis=-1), group.handle, "Max")
         centred = whole - largest[:, tf.newaxis]
         exponentials = tf.exp(centred)
+        of_label = tf.zeros_like(largest)
         if valid:
-            of_label = tf.where(here, tf.gather(centred, index, batch_dims=1), 0.0)
-        else:
-            of_label = tf.zeros_like(largest)
+            of_label = tf.where(here, tf.gather(centred, index, batch_dims=1), of_label)
         sums = all_reduce(tf.stack([tf.reduce_sum(exponentials, axis=-1), of_label]), group.handle)
         used = tf.cast(labels != IGNORED_LABEL, tf.float32)
         loss = tf.reduce_sum((tf.math.log(sums[0]) - sums[1]) * used)

@@ -7,7 +7,7 @@ conventions are. An overflowed step is skipped, and nothing is read back from th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import tensorflow as tf
@@ -73,45 +73,67 @@ class ShardedOptimizer:
 
     def _update(self, gradients: Mapping[str, Tensor], learning_rate: Tensor) -> tf.Operation:
         steps = tf.cast(self.steps.assign_add(1), tf.float32)
-        apply = self._adamw if self.training.optimizer == "adamw" else self._sgd
-        return tf.group(*(apply(item, gradients[item.name], learning_rate, steps) for item in self._updated))
+        rate = tf.identity(learning_rate)
+        if self.training.optimizer == "adamw":
+            return self._adamw(
+                gradients, rate, [tf.exp(steps * math.log(beta)) for beta in self.training.betas]
+            )
+        return self._sgd(gradients, rate)
 
-    def _adamw(self, item: Held, gradient: Tensor, learning_rate: Tensor, steps: Tensor) -> tf.Operation:
+    def _adamw(
+        self, gradients: Mapping[str, Tensor], learning_rate: Tensor, powers: Sequence[Tensor]
+    ) -> tf.Operation:
         """Loshchilov and Hutter 2017 (arXiv:1711.05101), epsilon beside the corrected root, as PyTorch has it.
 
         TensorFlow's kernel corrects the learning rate and not the root, so its epsilon is given times that correction.
-        """
-        training, state = self.training, self.state[item.name]
-        if training.weight_decay and item.planned.tensor.decay:
-            item.local.assign(item.local * (1.0 - learning_rate * training.weight_decay))
-        first, second = training.betas
-        powers = [tf.exp(steps * math.log(beta)) for beta in (first, second)]
-        return tf.raw_ops.ResourceApplyAdam(
-            var=item.local.handle,
-            m=state["exp_avg"].handle,
-            v=state["exp_avg_sq"].handle,
-            beta1_power=powers[0],
-            beta2_power=powers[1],
-            lr=learning_rate,
-            beta1=tf.constant(first, tf.float32),
-            beta2=tf.constant(second, tf.float32),
-            epsilon=training.epsilon * tf.sqrt(1.0 - powers[1]),
-            grad=gradient,
-        )
 
-    def _sgd(self, item: Held, gradient: Tensor, learning_rate: Tensor, steps: Tensor) -> tf.Operation:
-        training = self.training
-        if training.weight_decay and item.planned.tensor.decay:
-            gradient = gradient + training.weight_decay * item.local
-        if not self.slots:
-            return item.local.assign_sub(learning_rate * gradient)
-        return tf.raw_ops.ResourceApplyMomentum(
-            var=item.local.handle,
-            accum=self.state[item.name]["momentum"].handle,
-            lr=learning_rate,
-            grad=gradient,
-            momentum=tf.constant(training.momentum, tf.float32),
-        )
+        Args:
+            powers: the two betas to the power of the number of this step, counted from 1.
+        """
+        first, second = (tf.constant(beta, tf.float32) for beta in self.training.betas)
+        epsilon = self.training.epsilon * tf.sqrt(1.0 - powers[1])
+        kept = 1.0 - learning_rate * self.training.weight_decay
+        updates: list[tf.Operation] = []
+        for item in self._updated:
+            if self._decays(item):
+                item.local.assign(item.local * kept)
+            update = tf.raw_ops.ResourceApplyAdam(
+                var=item.local.handle,
+                m=self.state[item.name]["exp_avg"].handle,
+                v=self.state[item.name]["exp_avg_sq"].handle,
+                beta1_power=powers[0],
+                beta2_power=powers[1],
+                lr=learning_rate,
+                beta1=first,
+                beta2=second,
+                epsilon=epsilon,
+                grad=gradients[item.name],
+            )
+            updates.append(update)
+        return tf.group(*updates)
+
+    def _sgd(self, gradients: Mapping[str, Tensor], learning_rate: Tensor) -> tf.Operation:
+        momentum = tf.constant(self.training.momentum, tf.float32)
+        updates: list[tf.Operation] = []
+        for item in self._updated:
+            gradient = gradients[item.name]
+            if self._decays(item):
+                gradient = gradient + self.training.weight_decay * item.local
+            if not self.slots:
+                updates.append(item.local.assign_sub(learning_rate * gradient))
+                continue
+            update = tf.raw_ops.ResourceApplyMomentum(
+                var=item.local.handle,
+                accum=self.state[item.name]["momentum"].handle,
+                lr=learning_rate,
+                grad=gradient,
+                momentum=momentum,
+            )
+            updates.append(update)
+        return tf.group(*updates)
+
+    def _decays(self, item: Held) -> bool:
+        return self.training.weight_decay > 0 and item.planned.tensor.decay
 
     def _sum_tied(self, gradients: dict[str, Tensor]) -> None:
         """A tied tensor has a copy on the first stage and one on the last; both get the sum of their gradients."""

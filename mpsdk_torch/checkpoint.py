@@ -9,13 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsdk.backend import WEIGHT, RankState, Shard, TensorSource
+from mpsdk.backend import GOOD_STEPS, LOSS_SCALE, OPTIMIZER_STEP, WEIGHT, RankState, Shard, TensorSource
 from mpsdk_torch.optimizer import STEP, ShardedOptimizer
 from mpsdk_torch.parameters import Held
-
-OPTIMIZER_STEP = "optimizer_step"
-LOSS_SCALE = "loss_scale"
-GOOD_STEPS = "loss_scale_good_steps"
 
 
 def rank_state(optimizer: ShardedOptimizer, *, writes: bool) -> RankState:
@@ -26,7 +22,7 @@ def rank_state(optimizer: ShardedOptimizer, *, writes: bool) -> RankState:
 
 def _shards(optimizer: ShardedOptimizer) -> Iterator[Shard]:
     for item in optimizer.held:
-        offset, shape = _canonical_slice(item)
+        offset, shape = item.canonical_slice
         if not item.planned.owned or 0 in shape:
             continue
         tensors = {WEIGHT: item.local}
@@ -77,21 +73,13 @@ def fill_optimizer(optimizer: ShardedOptimizer, source: TensorSource) -> None:
 
 
 def _fill(item: Held, into: Tensor, source: TensorSource, slot: str) -> None:
-    offset, shape = _canonical_slice(item)
+    offset, shape = item.canonical_slice
     into.zero_()
     if 0 in shape:
         return
     name = item.planned.tensor.tied_to or item.planned.name
     values = source.read(name, slot, offset, shape)
     _valid(into, shape).copy_(torch.from_numpy(np.ascontiguousarray(values)))
-
-
-def _canonical_slice(item: Held) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offset and shape, in the canonical tensor, of the values that lie here; padding left out."""
-    planned, local = item.planned, item.local
-    rows = max(0, min(local.shape[0], planned.valid[0] - item.start))
-    offset = (planned.offset[0] + item.start, *planned.offset[1:])
-    return offset, (rows, *planned.valid[1:])
 
 
 def _valid(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

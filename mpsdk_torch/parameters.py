@@ -25,6 +25,11 @@ class Held:
         return self.planned.name
 
     @property
+    def canonical_slice(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape, in the canonical tensor, of the values that lie here; padding left out."""
+        return self.planned.canonical_slice(self.start, self.start + self.local.shape[0])
+
+    @property
     def local(self) -> Tensor:
         """This rank's values, in the memory that FSDP2 gathers from."""
         return _plain(self.parameter.detach())
@@ -48,8 +53,7 @@ def held_parameters(plan: Plan, stages: Mapping[int, Transformer], *, tp: int, s
             )
             start = 0
             if isinstance(parameter, DTensor):
-                rows = -(-planned.shape[0] // plan.degrees.sdp)  # FSDP2 cuts dimension 0 as torch.chunk does
-                start = min(sdp * rows, planned.shape[0])
+                start, _ = planned.rows(sdp, plan.degrees.sdp)  # FSDP2 cuts dimension 0 as torch.chunk does
             held.append(Held(planned, parameter, start))
         assert not parameters, (
             f"stage {number} holds tensors that the plan doesn't name: {sorted(parameters)}"

@@ -53,7 +53,7 @@ def evaluate_then_train(place: Place, plan: Plan, steps: int) -> tuple[list[floa
 
 def _record_first_gradients(backend: Any, into: list[Piece]) -> None:
     """Keep the reduced, unclipped gradients of the first update, by canonical slice."""
-    from mpsdk_torch.checkpoint import _canonical_slice, _to_numpy, _valid
+    from mpsdk_torch.checkpoint import _to_numpy, _valid
 
     optimizer = backend._ready.optimizer
     update = optimizer._torch.step
@@ -61,7 +61,7 @@ def _record_first_gradients(backend: Any, into: list[Piece]) -> None:
     def recording() -> None:
         if not into and backend._ready.groups.coordinates.dp == 0:
             for item in optimizer.held:
-                offset, shape = _canonical_slice(item)
+                offset, shape = item.canonical_slice
                 if item.planned.owned and 0 not in shape:
                     gradient = _to_numpy(_valid(item.gradient, shape))
                     into.append((item.planned.name, item.planned.tensor.shape, offset, gradient))
