@@ -1,8 +1,9 @@
 """What can be run on this repository. `nox` alone runs what CI runs; `nox -l` lists every session.
 
-`lint` and `core` have small environments of their own, without a framework. Every session that needs one works in
-one shared environment, because PyTorch and transformers take minutes to install. Words after `--` go to the
-session's main command: `nox -s core -- -k partition`.
+`lint` and `core` have small environments of their own, without a framework. The frameworks take minutes to install, so the
+other sessions share three environments: `torch` has no TensorFlow, `tf` has no PyTorch, which shows that neither backend
+needs the other's framework, and `both` has the two. Words after `--` go to the session's main command:
+`nox -s core -- -k partition`.
 """
 
 from __future__ import annotations
@@ -10,25 +11,33 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "core", "types", "torch", "docs"]
+nox.options.sessions = ["lint", "core", "types", "torch", "tf", "parity", "docs"]
 nox.options.error_on_missing_interpreters = True
 
 PINNED = ("-c", "constraints.txt")
 EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
-SHARED = Path(".nox", "shared")
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+FRAMEWORKS = {"torch": ("torch", "hf"), "tf": ("tf-cpu",), "both": ("torch", "tf-cpu", "hf")}
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONFAULTHANDLER": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+NO_TESTS = 5  # how pytest ends where a folder has no test with the mark that was asked for
 
 
-def shared(session: nox.Session, *extras: str) -> str:
-    """The Python of the shared environment, with mpsdk and `extras` installed in it. Made at the first call."""
-    python = SHARED.resolve() / ("Scripts" if os.name == "nt" else "bin") / "python"
+def environment(session: nox.Session, name: Literal["torch", "tf", "both"], *extras: str) -> str:
+    """The Python of a shared environment, with mpsdk and `extras` installed in it. Made at the first call."""
+    folder = Path(".nox", name)
+    python = folder.resolve() / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
-        session.run(sys.executable, "-m", "venv", str(SHARED))
-    project = f".[{','.join(extras)}]"
+        session.run(sys.executable, "-m", "venv", str(folder))
+    project = f".[{','.join((*FRAMEWORKS[name], *extras))}]"
     session.run(str(python), "-m", "pip", "install", "-q", *PINNED, "-e", project)
     return str(python)
 
@@ -62,32 +71,52 @@ def core(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Pyright: strict in the core, basic elsewhere."""
-    python = shared(session, "torch", "hf", "bench", "types")
+    python = environment(session, "both", "bench", "types")
     session.run(python, "-m", "pyright", "-p", "pyproject.toml", "--pythonpath", python, *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def torch(session: nox.Session) -> None:
     """The PyTorch backend, the launcher's real processes, and what the core can only show where a framework is there."""
-    python = shared(session, "torch", "hf", "test")
+    python = environment(session, "torch", "test")
     run = (python, "-m", "pytest")
-    coverage = ("--cov=mpsdk_torch", "--cov=mpsdk", "--cov-report=term")
     tests = ("tests/torch", "tests/launch", "tests/core/test_import.py")
-    session.run(*run, *tests, *coverage, *session.posargs, env=QUIET)
+    session.run(*run, *tests, *session.posargs, env=QUIET)
     session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, env=QUIET)
+
+
+@nox.session(venv_backend="none")
+def tf(session: nox.Session) -> None:
+    """The TensorFlow backend."""
+    python = environment(session, "tf", "test")
+    tests = ("tests/tf", "tests/core/test_import.py")
+    session.run(python, "-m", "pytest", *tests, *session.posargs, env=QUIET)
+
+
+@nox.session(venv_backend="none")
+def parity(session: nox.Session) -> None:
+    """Both frameworks against each other, and TensorFlow's side against transformers."""
+    python = environment(session, "both", "test")
+    session.run(python, "-m", "pytest", "tests/parity", *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none", default=False)
 def long(session: nox.Session) -> None:
     """The tests marked `long`, everywhere."""
-    python = shared(session, "torch", "hf", "test")
-    session.run(python, "-m", "pytest", "-m", "long", *session.posargs, env=QUIET)
+    for name, tests in {
+        "torch": ("tests/core", "tests/launch", "tests/torch"),
+        "tf": ("tests/tf",),
+        "both": ("tests/parity",),
+    }.items():
+        python = environment(session, name, "test")
+        run = (python, "-m", "pytest", *tests, "-m", "long", *session.posargs)
+        session.run(*run, env=QUIET, success_codes=[0, NO_TESTS])
 
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation, warnings as errors, and run the code in it."""
-    python = shared(session, "torch", "hf", "docs")
+    python = environment(session, "both", "docs")
     session.run(python, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", "build/docs")
     blocks = ("-p", "docs.code_blocks", "docs", "README.md")
     session.run(python, "-m", "pytest", *blocks, *session.posargs, env=QUIET)
@@ -96,24 +125,19 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def quickstart(session: nox.Session) -> None:
     """The main job: train GPT-2 as 2 pipeline stages x 2 tensor parallel ranks, export it, load it in transformers."""
-    python = shared(session, "torch", "hf")
+    python = environment(session, "torch")
     session.run(python, "examples/quickstart.py", *session.posargs, env=QUIET)
 
 
-@nox.session(venv_backend="none", default=False)
-def tf(session: nox.Session) -> None:
-    """The TensorFlow backend. Nothing yet."""
-    session.skip("the TensorFlow backend does not exist yet: nothing was tested")
-
-
-@nox.session(venv_backend="none", default=False)
-def parity(session: nox.Session) -> None:
-    """Both frameworks against each other. Nothing yet."""
-    session.skip("there is one backend so far and nothing to compare it with: nothing was tested")
+@nox.session(name="quickstart-tf", venv_backend="none", default=False)
+def quickstart_tf(session: nox.Session) -> None:
+    """The main job in TensorFlow, where PyTorch is not installed."""
+    python = environment(session, "tf")
+    session.run(python, "examples/quickstart.py", "--framework", "tensorflow", *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Speed and memory beside other libraries', and step times beside predicted ones: half an hour on a quiet machine."""
-    python = shared(session, "torch", "hf", "bench")
+    python = environment(session, "both", "bench")
     session.run(python, "-m", "benchmarks", *session.posargs, env=QUIET)
