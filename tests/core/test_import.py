@@ -48,7 +48,7 @@ def test_import_brings_neither_a_framework_nor_anything_heavy() -> None:
         "from mpsdk import Distribution, Estimator, Run, Training",
         "import mpsdk.backend",
         "import mpsdk_torch.limits",
-        "import mpsdk_tf",
+        "import mpsdk_tf.limits",
     ],
 )
 def test_the_facade_and_the_limits_bring_no_framework(code: str) -> None:
