@@ -1,4 +1,7 @@
-"""The same losses, gradients and weights in every layout, within the design's bounds."""
+"""The same losses, gradients and weights in every layout, within the design's bounds.
+
+By default each layout runs once with each family and once with each optimizer; the whole product is `long` (`in_turn`).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from tests.cases import BOUND, Outcome, assert_parity, assert_same_weights
 from tests.layouts import DEEP, FAMILIES, LAYOUTS, RECOMPUTE, RECOMPUTED, SGD, UNEVEN
 from tests.torch.cases import evaluate_then_train, make_plan, train, train_each
 from tests.torch.pool import WorkerPool
+from tests.turns import in_turn
 
 
 def run(
@@ -29,8 +33,7 @@ def reference(pool: WorkerPool, family: str, steps: int, **training: Any) -> lis
     return _references[key]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("layout", "family"), in_turn(LAYOUTS, FAMILIES))
 def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradients(
     pool: WorkerPool, family: str, layout: str
 ) -> None:
@@ -38,8 +41,7 @@ def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradient
     assert_parity(run(pool, family, world_size, distribution, 10), reference(pool, family, 10))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("layout", "family"), in_turn(LAYOUTS, FAMILIES, start=1))
 def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family: str, layout: str) -> None:
     """Without accumulation, which the steps of AdamW have."""
     world_size, distribution = LAYOUTS[layout]
@@ -49,28 +51,22 @@ def test_ten_sgd_steps_give_the_single_process_weights(pool: WorkerPool, family:
     assert_same_weights(outcomes, expected)
 
 
-@pytest.fixture(scope="module", params=RECOMPUTED, ids="-".join)
-def recomputed(request: pytest.FixtureRequest, pool: WorkerPool) -> tuple[str, dict[str, list[Outcome]]]:
-    """A family, and for each way of recomputing two steps: all in one visit to the pool."""
-    family, layout = request.param
-    world_size, distribution = LAYOUTS.get(layout, (1, {}))
-    plans = [
-        make_plan(family, world_size, distribution | {"activation_checkpointing": mode})
-        for mode in RECOMPUTE.values()
-    ]
-    by_rank = pool.run(world_size, train_each, [(plan, 2) for plan in plans])
-    return family, dict(zip(RECOMPUTE, map(list, zip(*by_rank, strict=True)), strict=True))
-
-
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize(("family", "layout", "mode"), in_turn(RECOMPUTED, tuple(RECOMPUTE)))
 def test_recompute_changes_no_digit_that_matters(
-    pool: WorkerPool, recomputed: tuple[str, dict[str, list[Outcome]]], mode: str
+    pool: WorkerPool, family: str, layout: str, mode: str
 ) -> None:
-    family, outcomes = recomputed
-    assert_parity(outcomes[mode], reference(pool, family, 2))
+    world_size, distribution = LAYOUTS.get(layout, (1, {}))
+    outcomes = run(pool, family, world_size, distribution | {"activation_checkpointing": RECOMPUTE[mode]}, 2)
+    assert_parity(outcomes, reference(pool, family, 2))
 
 
-@pytest.mark.parametrize("layout", DEEP)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=() if world_size < 8 else pytest.mark.long)
+        for layout, (world_size, _) in DEEP.items()
+    ],
+)
 def test_four_stages_of_two_blocks_give_the_single_process_results_with_and_without_recompute(
     pool: WorkerPool, layout: str
 ) -> None:

@@ -13,12 +13,12 @@ from tests.layouts import LAYOUTS
 from tests.torch.cases import make_plan, train
 from tests.torch.pool import WorkerPool
 from tests.torch.test_parity import reference
+from tests.turns import in_turn
+
+MIXED = ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2", "pp2-sdp2-zb-h1", "pp2-sdp2-zb-v"]
 
 
-@pytest.mark.parametrize("mode", ["bf16", "fp16"])
-@pytest.mark.parametrize(
-    "layout", ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2", "pp2-sdp2-zb-h1", "pp2-sdp2-zb-v"]
-)
+@pytest.mark.parametrize(("layout", "mode"), in_turn(MIXED, ("bf16", "fp16")))
 def test_mixed_precision_follows_fp32_to_its_own_rounding(pool: WorkerPool, layout: str, mode: str) -> None:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     plan = make_plan("gpt2", world_size, distribution | {"precision": mode})
