@@ -31,7 +31,8 @@ from typing import Any, Literal, NamedTuple
 import tensorflow as tf
 from tensorflow.python.eager import context  # see above
 
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
+
 _LEADER = "/job:worker/replica:0/task:0"
 _HEALTH_SECONDS = 1.0  # between two looks at the other ranks, and how long one may take to answer
 _UNAVAILABLE = 14  # the status code of a lost peer

@@ -18,9 +18,8 @@ import tensorflow as tf
 
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
+from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.transformer import Transformer
-
-Tensor = tf.Tensor
 
 
 def is_compiled(plan: Plan) -> bool:

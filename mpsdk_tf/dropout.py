@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class Moment(NamedTuple):

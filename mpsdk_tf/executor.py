@@ -15,8 +15,7 @@ import tensorflow as tf
 from mpsdk.schedule import Action, Kind
 from mpsdk_tf.comm import StageLinks, receive, send
 from mpsdk_tf.stage import InFlight, Stage
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class Reduction(Protocol):

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
+
 Call = Callable[[list[Tensor], Tensor, list[Tensor]], Tensor]
 """Parameters, input, and whatever else (labels, seeds), to the result."""
 

@@ -8,8 +8,7 @@ import tensorflow as tf
 
 from mpsdk.backend import IGNORED_LABEL
 from mpsdk_tf.comm import TensorGroup, all_reduce
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group: TensorGroup) -> Tensor:

@@ -16,9 +16,8 @@ from mpsdk.config import Training
 from mpsdk_tf.comm import Group, all_reduce
 from mpsdk_tf.parameters import Held
 from mpsdk_tf.precision import LossScale
+from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
-
-Tensor = tf.Tensor
 
 SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
 

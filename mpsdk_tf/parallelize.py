@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import keras
-import tensorflow as tf
 
 from mpsdk.plan import Plan
 from mpsdk_tf.compiled import compile_islands, compiles_pieces, is_compiled
@@ -17,10 +16,9 @@ from mpsdk_tf.precision import COMPUTE_DTYPES, layers_of
 from mpsdk_tf.recompute import keep_of
 from mpsdk_tf.sharded import Unit
 from mpsdk_tf.stage import Extras, Part, Stage
+from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
 from mpsdk_tf.transformer import Transformer, named_parameters
-
-Tensor = tf.Tensor
 
 
 class Feed:

@@ -9,8 +9,7 @@ import keras
 import tensorflow as tf
 
 from mpsdk.config import Precision
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 COMPUTE_DTYPES = {"fp32": tf.float32, "bf16": tf.bfloat16, "fp16": tf.float16}
 

@@ -24,9 +24,9 @@ from mpsdk.plan import Plan
 from mpsdk_tf.comm import all_gather, all_reduce, reduce_scatter
 from mpsdk_tf.parameters import Held
 from mpsdk_tf.precision import COMPUTE_DTYPES
+from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
 
-Tensor = tf.Tensor
 Whole = dict[str, Tensor]
 """Whole parameters of a unit, in the compute dtype, by name."""
 

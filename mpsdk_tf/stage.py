@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from mpsdk_tf.graph import Piece, Saved
 from mpsdk_tf.sharded import Unit, Whole
+from mpsdk_tf.tensor import Tensor
 
-Tensor = tf.Tensor
 Extras = Callable[[int], list[Tensor]]
 """A microbatch's number, to what a part takes beside its input: labels, seeds."""
 

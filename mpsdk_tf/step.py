@@ -21,9 +21,8 @@ from mpsdk_tf.parallelize import Feed
 from mpsdk_tf.precision import COMPUTE_DTYPES
 from mpsdk_tf.sharded import ShardedReduction
 from mpsdk_tf.stage import Stage
+from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
-
-Tensor = tf.Tensor
 
 
 class Trainer:

@@ -16,8 +16,7 @@ from mpsdk_tf.comm import TensorGroup
 from mpsdk_tf.dropout import Site, dropout
 from mpsdk_tf.nn import Attention, DistributedEmbedding, DistributedOutput, FeedForward, Norm
 from mpsdk_tf.nn.attention import RotaryTable
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class Embedding(keras.layers.Layer):

@@ -14,8 +14,8 @@ from mpsdk.families.spec import TransformerSpec
 from mpsdk_tf.comm import TensorGroup, enter_parallel
 from mpsdk_tf.dropout import any_seed, dropout
 from mpsdk_tf.nn.linear import DistributedLinear, sizes
+from mpsdk_tf.tensor import Tensor
 
-Tensor = tf.Tensor
 ATTENTION_RESULT = "attention_result"
 """What the results of attention are named in a graph, so that recomputation can keep them."""
 

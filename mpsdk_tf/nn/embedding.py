@@ -9,8 +9,7 @@ import tensorflow as tf
 
 from mpsdk_tf.comm import TensorGroup, enter_parallel, leave_parallel
 from mpsdk_tf.nn.linear import linear
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class DistributedEmbedding(keras.layers.Layer):

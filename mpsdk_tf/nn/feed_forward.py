@@ -11,8 +11,8 @@ import tensorflow as tf
 from mpsdk.families.spec import TransformerSpec
 from mpsdk_tf.comm import TensorGroup, enter_parallel
 from mpsdk_tf.nn.linear import DistributedLinear
+from mpsdk_tf.tensor import Tensor
 
-Tensor = tf.Tensor
 Function = Callable[[Tensor], Tensor]
 
 _CUBIC = 0.044715  # Hendrycks and Gimpel 2016, arXiv:1606.08415

@@ -12,8 +12,7 @@ import keras
 import tensorflow as tf
 
 from mpsdk_tf.comm import TensorGroup, leave_parallel
-
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class DistributedLinear(keras.layers.Layer):

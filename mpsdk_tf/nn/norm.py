@@ -8,7 +8,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-Tensor = tf.Tensor
+from mpsdk_tf.tensor import Tensor
 
 
 class Norm(keras.layers.Layer):
