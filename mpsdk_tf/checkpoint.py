@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 
 from mpsdk.backend import GOOD_STEPS, LOSS_SCALE, OPTIMIZER_STEP, WEIGHT, RankState, Shard, TensorSource
 from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parameters import Held
+from mpsdk_tf.tensor import Tensor
 
 
 def rank_state(optimizer: ShardedOptimizer, *, writes: bool) -> RankState:
@@ -65,14 +65,14 @@ def fill_optimizer(optimizer: ShardedOptimizer, source: TensorSource) -> None:
         scale.good_steps.assign(int(source.scalars[GOOD_STEPS]))
 
 
-def _fill(item: Held, into: tf.Variable, source: TensorSource, slot: str) -> None:
+def _fill(item: Held, into: Tensor, source: TensorSource, slot: str) -> None:
     offset, shape = item.canonical_slice
-    values = np.zeros(into.shape, np.float32)
+    values = np.zeros(tuple(into.shape), np.float32)
     if 0 not in shape:
         name = item.planned.tensor.tied_to or item.planned.name
         values[: shape[0]] = source.read(name, slot, offset, shape)
     into.assign(values)
 
 
-def to_numpy(variable: tf.Variable) -> NDArray[np.float32]:
+def to_numpy(variable: Tensor) -> NDArray[np.float32]:
     return np.array(variable.numpy(), np.float32)

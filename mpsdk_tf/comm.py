@@ -154,11 +154,11 @@ def send(tensor: Tensor, link: Group) -> Tensor:
     return tf.raw_ops.CollectiveBcastSendV2(input=_carried(tensor), **link.call())
 
 
-def receive(shape: tuple[int, ...], dtype: tf.DType, link: Group) -> Tensor:
-    """What the link's other end sends, of `shape` and `dtype`."""
-    carried = tf.float16 if dtype == tf.bfloat16 else dtype
-    received = tf.raw_ops.CollectiveBcastRecvV2(shape=shape, T=carried, **link.call())
-    return _delivered(tf.ensure_shape(received, shape), dtype)
+def receive(spec: tf.TensorSpec, link: Group) -> Tensor:
+    """What the link's other end sends, of the shape and dtype of `spec`."""
+    carried = tf.float16 if spec.dtype == tf.bfloat16 else spec.dtype
+    received = tf.raw_ops.CollectiveBcastRecvV2(shape=spec.shape, T=carried, **link.call())
+    return _delivered(tf.ensure_shape(received, spec.shape), spec.dtype)
 
 
 def _carried(tensor: Tensor) -> Tensor:

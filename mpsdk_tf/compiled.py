@@ -39,14 +39,13 @@ def compiles_pieces(plan: Plan) -> bool:
 def compile_islands(stage: Transformer) -> None:
     """Have the blocks of `stage` compile what they compute between two collectives."""
     for block in stage.blocks.values():
-        for layer in (block.attention, block.feed_forward):
-            layer.partial = _compiled(layer.partial)
-        for norm in (block.attention_norm, block.feed_forward_norm):
-            norm.call = _compiled(norm.call)
-
-
-def _compiled(function: object) -> object:
-    return tf.function(function, autograph=False, jit_compile=True)
+        for layer, name in (
+            (block.attention, "partial"),
+            (block.feed_forward, "partial"),
+            (block.attention_norm, "call"),
+            (block.feed_forward_norm, "call"),
+        ):
+            setattr(layer, name, tf.function(getattr(layer, name), autograph=False, jit_compile=True))
 
 
 def verify_compiler(device: str) -> None:

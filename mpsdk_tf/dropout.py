@@ -49,11 +49,10 @@ def dropout(tensor: Tensor, probability: float, seed: Tensor | None, *, training
     """
     if probability == 0.0 or not training:
         return tensor
-    if seed is None:
-        seed = any_seed()
+    known: Tensor = any_seed() if seed is None else seed
 
     def apply(values: Tensor) -> Tensor:
-        uniform = tf.random.stateless_uniform(tf.shape(values), seed, dtype=tf.float32)
+        uniform = tf.random.stateless_uniform(tf.shape(values), known, dtype=tf.float32)
         kept = tf.cast(uniform >= probability, values.dtype)
         return values * kept * tf.cast(1.0 / (1.0 - probability), values.dtype)
 

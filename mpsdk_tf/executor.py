@@ -177,5 +177,5 @@ class _Pass:
         source = stage - 1 if forward else stage + 1
         owner = executor.stage_rank
         link = executor.links.link(owner[source], owner[stage], forward=forward)
-        received = receive(tuple(executor.hidden.shape), executor.hidden.dtype, link)
+        received = receive(executor.hidden, link)
         (self._inputs if forward else self._gradients)[(stage, microbatch)] = received

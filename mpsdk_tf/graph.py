@@ -16,7 +16,6 @@ it stays small however many microbatches there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class Piece:
         self, name: str, call: Call, *, keep: Keep | None = None, compiled: bool = False, split: bool = False
     ) -> None:
         self.name, self.compiled, self.split = name, compiled, split
-        self._call, self._keep = call, keep
+        self.call, self.keep = call, keep
         self._traced: _Traced | None = None
 
     def forward(
@@ -141,14 +140,19 @@ class _Traced:
     ) -> None:
         self.piece, self.parameters = piece, len(parameters)
         sources = [*range(self.parameters)] + ([self.parameters] if hidden.dtype.is_floating else [])
-        self._trace(parameters, hidden, extras, sources)
+        specs = [tf.TensorSpec(each.shape, each.dtype) for each in (*parameters, hidden, *extras)]
+        self._forward, self._backward, self._output = _differentiate(
+            piece.call, specs, self.parameters, sources
+        )
+        self._inputs: list[Tensor] = list(self._forward.inputs)
+        self._gradients: list[Tensor] = list(self._backward.structured_outputs)
         given = {tensor.ref(): index for index, tensor in enumerate(self._inputs)}
         captures = list(zip(self._backward.inputs[1:], self._backward.captured_inputs, strict=True))
         self._reads = {inner.name: outer for inner, outer in captures if outer.ref() not in given}
         direct = {inner.name: given[outer.ref()] for inner, outer in captures if outer.ref() in given}
 
         self.kept: list[Tensor] = []
-        used = self._walk(piece._keep)
+        used = self._walk(piece.keep)
         self.read_inputs = sorted(used | set(direct.values()))
         position = {index: place for place, index in enumerate(self.read_inputs)}
         self._direct = {name: position[index] for name, index in direct.items()}
@@ -166,35 +170,6 @@ class _Traced:
         self._make_backward([names[place] for place in now], boundary)
         if later:
             self._make_weights([names[place] for place in later], boundary)
-
-    def _trace(
-        self, parameters: Sequence[Tensor], hidden: Tensor, extras: Sequence[Tensor], sources: list[int]
-    ) -> None:
-        """F and B, by differentiating inside of a function within the function: it captures what it reads of F."""
-        call, count = self.piece._call, self.parameters
-
-        def forward(*inputs: Tensor) -> Tensor:
-            differentiated = [inputs[source] for source in sources]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(differentiated)
-                output = call(list(inputs[:count]), inputs[count], list(inputs[count + 1 :]))
-
-            def backward(gradient: Tensor) -> list[Tensor]:
-                found = tape.gradient(
-                    output, differentiated, gradient, unconnected_gradients=tf.UnconnectedGradients.ZERO
-                )
-                return [tf.identity(tf.convert_to_tensor(each)) for each in found]
-
-            self._backward = tf.function(backward, autograph=False).get_concrete_function(
-                tf.TensorSpec(output.shape, output.dtype)
-            )
-            self._output = output
-            return output
-
-        specs = [tf.TensorSpec(each.shape, each.dtype) for each in (*parameters, hidden, *extras)]
-        self._forward = tf.function(forward, autograph=False).get_concrete_function(*specs)
-        self._inputs: list[Tensor] = list(self._forward.inputs)
-        self._gradients: list[Tensor] = list(self._backward.structured_outputs)
 
     def _walk(self, keep: Keep | None) -> set[int]:
         """Find what to keep: from every tensor that B reads back through F, up to an input or to what is kept.
@@ -259,6 +234,39 @@ class _Traced:
     def arrange(self, found: dict[int, Tensor]) -> Gradients:
         """Gradients by the number of their input, as `Gradients`."""
         return Gradients(found.get(self.parameters), [found.get(index) for index in range(self.parameters)])
+
+
+def _differentiate(
+    call: Call, specs: Sequence[tf.TensorSpec], parameters: int, sources: Sequence[int]
+) -> tuple[Any, Any, Tensor]:
+    """F, B, and the tensor of F that is its result.
+
+    B is a function within F, so that it captures what it reads of F.
+
+    Args:
+        specs: of the inputs, the first `parameters` of them weights.
+        sources: the numbers of those to differentiate by.
+    """
+    found: list[Any] = []
+
+    def forward(*inputs: Tensor) -> Tensor:
+        differentiated = [inputs[source] for source in sources]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(differentiated)
+            output = call(list(inputs[:parameters]), inputs[parameters], list(inputs[parameters + 1 :]))
+
+        def backward(gradient: Tensor) -> list[Tensor]:
+            gradients: Any = tape.gradient(
+                output, differentiated, gradient, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            return [tf.identity(tf.convert_to_tensor(each)) for each in gradients]
+
+        traced = tf.function(backward, autograph=False)
+        found.extend((traced.get_concrete_function(tf.TensorSpec(output.shape, output.dtype)), output))
+        return output
+
+    traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
+    return traced, *found
 
 
 def _copy(graph: tf.Graph, wanted: Sequence[str], given: dict[str, Tensor]) -> list[Tensor]:
@@ -346,8 +354,3 @@ def _ancestors(graph: tf.Graph, names: Iterable[str]) -> set[str]:
             found.add(operation.name)
             waiting.extend(tensor.op for tensor in operation.inputs)
     return found
-
-
-def size_of(spec: tf.TensorSpec) -> int:
-    """Bytes."""
-    return math.prod(spec.shape) * spec.dtype.size

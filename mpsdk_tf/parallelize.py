@@ -76,19 +76,19 @@ def _parts(
 ) -> list[Part]:
     """The pieces of `model` in order. Blocks share one piece, whose weights are its arguments."""
     spec = model.spec
-    settings = {"compiled": compiles_pieces(plan), "split": plan.schedule.splits_backward}
+    compiled, split = compiles_pieces(plan), plan.schedule.splits_backward
     turns = model.head is not None and plan.schedule.turns_at_once
     parts: list[Part] = []
     if model.embedding is not None:
         names, call = _call(model.embedding, "embedding.", training=training)
         dropped = training and spec.dropout.embedding > 0
         extras = feed.seeds_of(model.embedding.sites) if dropped else _nothing
-        piece = Piece("embedding", call, compiled=compiles_pieces(plan))
+        piece = Piece("embedding", call, compiled=compiled)
         parts.append(Part(piece, unit_of[names[0]], names, extras, stays=model.tied_here and turns))
     first = next(iter(model.blocks.values()))
     relative, call = _call(first, "", training=training)
     recompute = plan.distribution.activation_checkpointing
-    piece = Piece("block", call, keep=keep_of(recompute), **settings)
+    piece = Piece("block", call, keep=keep_of(recompute), compiled=compiled, split=split)
     dropped = training and (spec.dropout.attention > 0 or spec.dropout.residual > 0)
     for number, block in model.blocks.items():
         names = tuple(f"blocks.{number}.{name}" for name in relative)
@@ -97,7 +97,7 @@ def _parts(
         parts.append(Part(piece, unit_of[names[0]], names, extras, stays=stays, offloads=recompute.offload))
     if model.head is not None:
         names, call = _loss_call(plan, model, groups)
-        piece = Piece("head", call, **settings)
+        piece = Piece("head", call, compiled=compiled, split=split)
         parts.append(Part(piece, unit_of[names[0]], names, feed.labels_of, stays=turns))
     return parts
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from mpsdk.plan import LocalTensor, Plan
+from mpsdk_tf.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Held:
     """One parameter: the plan's account of it, and the rows [start, start + local rows) of it that lie here, in fp32."""
 
     planned: LocalTensor
-    local: tf.Variable
+    local: Tensor
     start: int
 
     @property

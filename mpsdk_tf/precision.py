@@ -37,8 +37,8 @@ class LossScale:
         self.active = precision.mode == "fp16"
         self.interval = precision.loss_scale_growth_interval
         start = precision.initial_loss_scale if self.active else 1.0
-        self.scale = tf.Variable(start, dtype=tf.float32, trainable=False)
-        self.good_steps = tf.Variable(0, dtype=tf.int32, trainable=False)
+        self.scale = tf.Variable(tf.constant(start, tf.float32), trainable=False)
+        self.good_steps = tf.Variable(tf.constant(0), trainable=False)
 
     def update(self, overflowed: Tensor) -> None:
         """Take note of a step; `overflowed` is a boolean scalar, equal on all ranks."""

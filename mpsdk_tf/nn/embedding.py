@@ -26,7 +26,7 @@ class DistributedEmbedding(keras.layers.Layer):
         self.built = True
 
     def call(self, ids: Tensor) -> Tensor:
-        weight = tf.convert_to_tensor(self.weight)
+        weight: Tensor = tf.convert_to_tensor(self.weight)
         if self.group.handle is None:
             return lookup(weight, ids)
         local = ids - self.group.rank * weight.shape[0]
