@@ -19,7 +19,8 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "core", "types", "torch", "tf", "parity", "docs"]
 nox.options.error_on_missing_interpreters = True
 
-PINNED = ("-c", "constraints.txt")
+# Bytecode is made where a module is first imported: most of what the frameworks bring never is.
+PINNED = ("-q", "--no-compile", "-c", "constraints.txt")
 EXTRAS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
 FRAMEWORKS = {"torch": ("torch", "hf"), "tf": ("tf-cpu",), "both": ("torch", "tf-cpu", "hf")}
 QUIET = {
@@ -38,14 +39,14 @@ def environment(session: nox.Session, name: Literal["torch", "tf", "both"], *ext
     if not python.exists():
         session.run(sys.executable, "-m", "venv", str(folder))
     project = f".[{','.join((*FRAMEWORKS[name], *extras))}]"
-    session.run(str(python), "-m", "pip", "install", "-q", *PINNED, "-e", project)
+    session.run(str(python), "-m", "pip", "install", *PINNED, "-e", project)
     return str(python)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting, and which room may import which."""
-    session.install("-q", *PINNED, *EXTRAS["lint"])
+    session.install(*PINNED, *EXTRAS["lint"])
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
     session.run("lint-imports", "--no-cache")
@@ -54,7 +55,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """The neutral core, where no framework is installed."""
-    session.install("-q", *PINNED, "-e", ".[test]")
+    session.install(*PINNED, "-e", ".[test]")
     options = (
         "-n",
         "2",
