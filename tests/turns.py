@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 
 
-def in_turn(
-    firsts: Iterable[str | tuple[str, ...]], seconds: Sequence[str], *, start: int = 0
-) -> Iterator[Any]:
+def in_turn(firsts: Iterable[str | tuple[str, ...]], seconds: Sequence[str], *, start: int = 0) -> list[Any]:
     """Parameters for every (first, second); by default each first has one second, the seconds taking turns.
 
     A whole product takes longer than CI has, and its last cases say the least: what goes wrong goes wrong with one setting,
@@ -22,7 +20,10 @@ def in_turn(
     >>> [parameter.id for parameter in in_turn(["dp2", "tp2"], ["gpt2", "llama"]) if not parameter.marks]
     ['dp2-gpt2', 'tp2-llama']
     """
+    parameters: list[Any] = []
     for (number, first), (turn, second) in product(enumerate(firsts), enumerate(seconds)):
         values = (*((first,) if isinstance(first, str) else first), second)
         ours = (number + start) % len(seconds) == turn
-        yield pytest.param(*values, marks=() if ours else pytest.mark.long, id="-".join(values))
+        marks = () if ours else pytest.mark.long
+        parameters.append(pytest.param(*values, marks=marks, id="-".join(values)))
+    return parameters

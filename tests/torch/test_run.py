@@ -89,7 +89,13 @@ def test_the_export_has_the_runs_validation_loss_in_transformers(finished: Run, 
     assert evaluated["loss"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("layout", [PP2_TP2, {"sharded_data_parallel": 2}], ids=["same layout", "sdp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(PP2_TP2, id="same layout"),
+        pytest.param({"sharded_data_parallel": 2}, marks=pytest.mark.long, id="sdp2"),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(
     finished: Run, layout: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -105,7 +111,9 @@ def test_a_run_that_was_cut_off_goes_on_from_its_last_checkpoint(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("raise", r"(?s)rank 1.*ArithmeticError: planted: the rank's own message"),
+        pytest.param(
+            "raise", r"(?s)rank 1.*ArithmeticError: planted: the rank's own message", marks=pytest.mark.long
+        ),
         ("kill", r"(?s)rank 1.*SIGKILL"),
         ("hang", r"(?s)rank 1.*step 2: a planted wait"),
     ],
@@ -134,6 +142,7 @@ def test_a_world_of_the_wrong_size_is_refused_before_any_process_starts(tmp_path
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.long
 def test_a_truncated_checkpoint_is_named_and_an_older_one_is_used(finished: Run, tmp_path: Path) -> None:
     import shutil
 
