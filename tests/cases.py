@@ -119,7 +119,8 @@ def train(
         prepare(outcome)
         vocab = plan.description.vocab_size or 0
         for step in range(start, start + steps):
-            batch = rows_of(global_batch(step, vocab, rows=plan.training.global_batch), plan, place.rank)
+            whole = global_batch(step, vocab, plan.training.sequence_length, plan.training.global_batch)
+            batch = rows_of(whole, plan, place.rank)
             rate = plan.training.learning_rate_at(step)
             values = backend.step(batch, step=step, learning_rate=rate).read()
             outcome.losses.append(values["loss"])
