@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import keras
 import tensorflow as tf
 
 from mpsdk.backend import Place
@@ -64,8 +65,10 @@ def join(place: Place, *, threads: bool) -> Membership:
     Args:
         threads: the ranks are threads of one process, each with a logical CPU device of its own.
 
-    Raises BackendError when there are GPUs, and not one for each process, or when this process was another rank before.
+    Raises BackendError when there are GPUs, and not one for each process, when this process was another rank before, or when
+    another way of spreading models is in force.
     """
+    _refuse_other_ways()
     if threads:
         return Membership(f"/device:CPU:{place.local_rank}", None)
     gpus = tf.config.list_physical_devices("GPU")
@@ -93,6 +96,19 @@ def join(place: Place, *, threads: bool) -> Membership:
     others = [rank for rank in range(place.world_size) if rank != place.rank]
     device = f"/job:worker/replica:0/task:{place.rank}/device:{kind}:0"
     return Membership(device, watch_peers(others))
+
+
+def _refuse_other_ways() -> None:
+    if keras.distribution.distribution() is not None:
+        raise BackendError(
+            "keras.distribution is set, which has no effect on TensorFlow; leave it out "
+            "(keras.distribution.set_distribution(None)), and say in Distribution how to spread the model"
+        )
+    if tf.distribute.has_strategy():
+        raise BackendError(
+            f"this is within the scope of {type(tf.distribute.get_strategy()).__name__}, whose replicas mpsdk's ranks are not; "
+            "call mpsdk outside of it"
+        )
 
 
 def _addresses(place: Place) -> list[str]:

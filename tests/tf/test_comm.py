@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -18,7 +19,7 @@ import mpsdk_tf
 from mpsdk.backend import Place
 from mpsdk.errors import BackendError
 from mpsdk_tf import comm
-from mpsdk_tf.topology import _addresses_of
+from mpsdk_tf.topology import _addresses_of, join
 from tests.tf import ranks
 
 DTYPES = (tf.float32, tf.bfloat16, tf.float16)
@@ -194,3 +195,19 @@ def test_tf_config_gives_the_addresses() -> None:
 def test_a_tf_config_that_does_not_fit_is_refused(text: str, says: str) -> None:
     with pytest.raises(BackendError, match=says):
         _addresses_of(text, Place(rank=1, world_size=2))
+
+
+def test_other_ways_of_spreading_a_model_are_refused() -> None:
+    place = Place(rank=0, world_size=1)
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=["cpu:0"]))
+    try:
+        with pytest.raises(BackendError, match="no effect on TensorFlow"):
+            join(place, threads=False)
+    finally:
+        keras.distribution.set_distribution(None)
+    with (
+        tf.distribute.OneDeviceStrategy("CPU:0").scope(),
+        pytest.raises(BackendError, match="OneDeviceStrategy"),
+    ):
+        join(place, threads=False)
+    assert join(place, threads=False).device == "/device:CPU:0"
