@@ -43,6 +43,7 @@ class Place:
     world_size: int
     local_rank: int = 0
     store: str | None = None  # a file for the rendezvous; None: MASTER_ADDR and MASTER_PORT
+    folder: str | None = None  # one that all ranks share and no other start of the run uses, where there is no store
     timeout: float = 600.0  # seconds that a rank may wait for another
     note: Callable[[str], None] = field(default=lambda activity: None)
     """Told what the rank is about to do or wait for; the launcher shows it when a rank hangs."""
@@ -108,11 +109,17 @@ class Backend(Protocol):
     """What a framework supplies. One object a worker process; `build` comes first, `close` last."""
 
     def describe(self, model: object) -> ModelDescription:
-        """The description of a model that no family's table covers. Raises ConfigError when it can't be described."""
+        """The description of a model that no family's table covers: of what a `mpsdk.factory.Factory` makes.
+
+        Raises ConfigError when it can't be described.
+        """
         ...
 
     def build(self, plan: Plan, place: Place) -> None:
-        """Join the other ranks and make this rank's part of the model, unfilled, and its optimizer."""
+        """Join the other ranks and make this rank's part of the model and its optimizer.
+
+        Weights are unfilled, but for a model that a factory makes: they are the factory's.
+        """
         ...
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:

@@ -24,9 +24,11 @@ def work_in_place(place: Place, output_dir: str, make: Callable[[], WorkOrder], 
     """
     number = next(_calls)
     generation = f"{generation_from_environment()}-{number}"
+    shared = control_directory(output_dir, generation)
+    place = replace(place, folder=str(shared))
     if number:
         # The launcher's rendezvous still has the addresses of the call before. The output directory is shared anyway.
-        place = replace(place, store=str(control_directory(output_dir, generation) / "store"))
+        place = replace(place, store=str(shared / "store"))
     control = Control(output_dir, generation, place.rank, place.world_size, place.timeout, place.note)
     plain = control.decide("order", lambda: make().model_dump(mode="json"))
     order = WorkOrder.model_validate_json(json.dumps(plain))

@@ -60,7 +60,8 @@ _joined: list[
 def join(place: Place, *, threads: bool) -> Membership:
     """Join the other ranks and give this rank's device: a GPU where there are any, else the CPU.
 
-    Addresses come from TF_CONFIG where it is set; else the ranks leave them for each other beside `place.store`.
+    Addresses come from TF_CONFIG where it is set; else the ranks leave them for each other beside `place.store` or
+    `place.folder`.
 
     Args:
         threads: the ranks are threads of one process, each with a logical CPU device of its own.
@@ -118,13 +119,13 @@ def _addresses(place: Place) -> list[str]:
     """
     if "TF_CONFIG" in os.environ:
         return _addresses_of(os.environ["TF_CONFIG"], place)
-    if place.store is None:
+    if place.store is None and place.folder is None:
         raise BackendError(
             "nothing says where the other ranks are: start the run with mpsdk's launcher, or set TF_CONFIG"
         )
     one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) == place.world_size
     host = "127.0.0.1" if one_machine else socket.gethostname()
-    meeting = Path(f"{place.store}-tensorflow")
+    meeting = Path(f"{place.store or place.folder}-tensorflow")
     meeting.mkdir(parents=True, exist_ok=True)
     control = Control(meeting, "addresses", place.rank, place.world_size, place.timeout, place.note)
     with closing(socket.socket()) as probe:  # TensorFlow's server can't take a socket that is open already
@@ -155,7 +156,7 @@ def _addresses_of(text: str, place: Place) -> list[str]:
 def make_groups(plan: Plan, place: Place, device: str) -> Groups:
     """The groups of this rank."""
     topology, rank = plan.topology, place.rank
-    make = GroupMaker(str(place.store), rank, place.world_size, place.timeout, scatters="GPU" in device)
+    make = GroupMaker(str(place.store or place.folder), rank, place.world_size, place.timeout, scatters="GPU" in device)
     coordinates = topology.coordinates(rank)
     tensor = make.several("tensor", topology.group(rank, ("tp",)))
     tied = plan.tied_group(rank)
