@@ -13,7 +13,7 @@ import tensorflow as tf
 from mpsdk.backend import Place
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
-from mpsdk_tf.comm import all_gather
+from mpsdk_tf.comm import all_gather, deadline
 from mpsdk_tf.topology import Groups
 
 _VERSION = f"tensorflow {tf.__version__}"
@@ -27,7 +27,7 @@ def agree(plan: Plan, place: Place, groups: Groups) -> None:
     if groups.world is None:
         return
     mine = [_digest(text) for text in (plan.hash, _VERSION)]
-    with tf.device(groups.device):
+    with tf.device(groups.device), deadline(place.timeout, place.rank, "agreeing on the programs"):
         everyone = all_gather(tf.constant([mine], tf.int64), groups.world).numpy()
     different = [rank for rank in range(place.world_size) if (everyone[rank] != everyone[0]).any()]
     if different:

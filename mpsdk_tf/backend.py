@@ -19,6 +19,7 @@ from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parallelize import Feed, parallelize
 from mpsdk_tf.parameters import held_parameters
 from mpsdk_tf.precision import LossScale
+from mpsdk_tf.recompute import repeat_exactly
 from mpsdk_tf.step import Trainer
 from mpsdk_tf.topology import Groups, Membership, join, make_groups
 
@@ -50,6 +51,7 @@ class TensorFlowBackend:
     def build(self, plan: Plan, place: Place) -> None:
         membership = join(place, threads=self._threads)
         groups = make_groups(plan, place, membership.device)
+        repeat_exactly()
         with tf.device(groups.device):
             if is_compiled(plan):
                 verify_compiler(groups.device)

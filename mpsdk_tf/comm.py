@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -35,7 +36,7 @@ from mpsdk_tf.tensor import Tensor
 
 _LEADER = "/job:worker/replica:0/task:0"
 _HEALTH_SECONDS = 1.0  # between two looks at the other ranks, and how long one may take to answer
-_UNAVAILABLE = 14  # the status code of a lost peer
+_DEADLINE_EXCEEDED, _UNAVAILABLE = 4, 14  # status codes: of a wait too long, of a lost peer
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Group:
     ranks: tuple[int, ...]
     rank: int
     key: int
-    timeout: float
     scatters: bool = False
     _instances: count[int] = field(default_factory=lambda: count(1), repr=False, compare=False)
 
@@ -63,7 +63,6 @@ class Group:
             "group_size": self.size,
             "group_key": self.key,
             "instance_key": next(self._instances),
-            "timeout_seconds": self.timeout,
         }
 
 
@@ -74,10 +73,8 @@ class GroupMaker:
         name: of this start of the run. Keys of an earlier one are never used again, since a key is bound to its shapes.
     """
 
-    def __init__(
-        self, name: str, rank: int, world_size: int, timeout: float, *, scatters: bool = False
-    ) -> None:
-        self._rank, self._world_size, self._timeout, self._scatters = rank, world_size, timeout, scatters
+    def __init__(self, name: str, rank: int, world_size: int, *, scatters: bool = False) -> None:
+        self._rank, self._world_size, self._scatters = rank, world_size, scatters
         self._base = zlib.crc32(name.encode()) % (1 << 30)
         self._purposes: dict[str, int] = {}
 
@@ -98,7 +95,7 @@ class GroupMaker:
         taken = self._purposes.setdefault(purpose, purpose_number)
         assert list(self._purposes.values()).count(taken) == 1, f"two purposes with one number: {purpose}"
         key = (self._base + taken * self._world_size + number) % (1 << 31)
-        return Group(purpose, ranks, ranks.index(self._rank), key, self._timeout, self._scatters)
+        return Group(purpose, ranks, ranks.index(self._rank), key, self._scatters)
 
 
 @dataclass(frozen=True)
@@ -283,6 +280,23 @@ def start_server(addresses: Sequence[str], rank: int, *, gpu: bool) -> None:
     )
     server.default_session_config.experimental.collective_group_leader = _LEADER
     ours.enable_collective_ops(server)
+
+
+@contextmanager
+def deadline(seconds: float, rank: int, activity: str) -> Iterator[None]:
+    """Abort this process's collectives when what runs within has not ended after `seconds`.
+
+    Not by the collectives' own `timeout_seconds`: for that, TensorFlow has a thread of its own sleep so long for each of them,
+    ended or not, and soon runs out of threads.
+    """
+    message = f"rank {rank} has waited {seconds:g} s for other ranks: {activity}"
+    timer = threading.Timer(seconds, context.context().abort_collective_ops, (_DEADLINE_EXCEEDED, message))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def watch_peers(ranks: Sequence[int]) -> Watchdog:

@@ -10,11 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import tensorflow as tf
+
 from mpsdk.config import ActivationCheckpointing
 from mpsdk_tf.graph import Keep
 from mpsdk_tf.nn.attention import ATTENTION_RESULT
 
 _MATRIX_PRODUCT = "MatMul"
+
+
+def repeat_exactly() -> None:
+    """Have this process compute the same thing again to the last bit.
+
+    TensorFlow's rewriting of arithmetic depends on which results a function gives, and a forward that is computed again
+    gives others than the first.
+    """
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
 
 
 def keep_of(settings: ActivationCheckpointing) -> Keep | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +13,7 @@ from mpsdk.backend import IGNORED_LABEL, Batch, Place
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
 from mpsdk_tf.agreement import agree
-from mpsdk_tf.comm import all_reduce
+from mpsdk_tf.comm import all_reduce, deadline
 from mpsdk_tf.compiled import compiles_step
 from mpsdk_tf.dropout import Moment
 from mpsdk_tf.executor import Executor
@@ -84,7 +85,7 @@ class Trainer:
         """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
         self._step = step
         inputs = self._take(batch)
-        with tf.device(self.groups.device):
+        with self._on_device("training"):
             loss, norm, scale = self.train_program(
                 *inputs, tf.constant(step, tf.int64), tf.constant(learning_rate, tf.float32)
             )
@@ -94,15 +95,25 @@ class Trainer:
         """Sum of token losses and count of valid tokens over all data ranks."""
         self._step = step
         inputs = self._take(batch)
-        with tf.device(self.groups.device):
+        with self._on_device("evaluating"):
             total, count = self.evaluation_program(*inputs)
-        return float(total), float(count)
+            return float(total), float(count)
 
     def report(self, loss: Tensor, largest: Sequence[float]) -> tuple[float, list[float]]:
         """The sum of `loss` over data ranks, and the largest of the other values over all ranks."""
-        with tf.device(self.groups.device):
+        with self._on_device("reading the loss"):
             total, most = self._report_program(loss, tf.constant(largest, tf.float64))
-        return float(total), [float(value) for value in most]
+            return float(total), [float(value) for value in most]
+
+    @contextmanager
+    def _on_device(self, activity: str) -> Iterator[None]:
+        """Run a program on this rank's device; one that waits too long for other ranks ends with an error."""
+        place = self.place
+        with (
+            tf.device(self.groups.device),
+            deadline(place.timeout, place.rank, f"step {self._step}, {activity}"),
+        ):
+            yield
 
     # -- the programs -----------------------------------------------------------------------------------------------
 

@@ -156,7 +156,7 @@ def _addresses_of(text: str, place: Place) -> list[str]:
 def make_groups(plan: Plan, place: Place, device: str) -> Groups:
     """The groups of this rank."""
     topology, rank = plan.topology, place.rank
-    make = GroupMaker(str(place.store or place.folder), rank, place.world_size, place.timeout, scatters="GPU" in device)
+    make = GroupMaker(str(place.store or place.folder), rank, place.world_size, scatters="GPU" in device)
     coordinates = topology.coordinates(rank)
     tensor = make.several("tensor", topology.group(rank, ("tp",)))
     tied = plan.tied_group(rank)

@@ -27,7 +27,7 @@ HOME = Path(inspect.getfile(mpsdk_tf)).parent
 
 
 def group_of(place: Place, purpose: str = "test") -> comm.Group:
-    make = comm.GroupMaker(str(place.store), place.rank, place.world_size, place.timeout)
+    make = comm.GroupMaker(str(place.store), place.rank, place.world_size)
     return make.group(purpose, range(place.world_size))
 
 
@@ -72,7 +72,7 @@ def test_collectives_give_what_their_names_say(dtype: tf.DType) -> None:
 
 def passed_on(place: Place, dtype: tf.DType) -> Any:
     """Each rank sends to the next, in a ring, and receives from the one before."""
-    make = comm.GroupMaker(str(place.store), place.rank, place.world_size, place.timeout)
+    make = comm.GroupMaker(str(place.store), place.rank, place.world_size)
     after, before = ((place.rank + step) % place.world_size for step in (1, -1))
 
     @tf.function(autograph=False)
@@ -126,7 +126,7 @@ def test_entering_and_leaving_a_parallel_region_is_one_linear_map(sequence_paral
 
 def test_groups_have_keys_of_their_own_equal_on_all_members() -> None:
     world = 16
-    makers = [comm.GroupMaker("a run", rank, world, 1.0) for rank in range(world)]
+    makers = [comm.GroupMaker("a run", rank, world) for rank in range(world)]
     members: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
     for rank, make in enumerate(makers):
         first = rank // 4 * 4
@@ -142,7 +142,7 @@ def test_groups_have_keys_of_their_own_equal_on_all_members() -> None:
             members.setdefault(group.key, set()).add((group.name, group.ranks))
             assert group.ranks[group.rank] == rank
     assert all(len(same) == 1 for same in members.values())
-    other = comm.GroupMaker("another run", 0, world, 1.0).group("world", range(world))
+    other = comm.GroupMaker("another run", 0, world).group("world", range(world))
     assert other.key not in members
 
 
