@@ -117,7 +117,7 @@ def print_table(rows: Iterable[dict[str, Any]]) -> None:
         table.add_column(title, justify="left" if number < 3 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
-    Console(width=120).print(table)
+    Console(width=136).print(table)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
