@@ -1,12 +1,10 @@
 """The same losses, gradients and weights in every layout, within the design's bounds.
 
-By default each layout runs once with each family and once with each optimizer; the whole product is `long`.
+By default each layout runs once with each family and once with each optimizer; the whole product is `long` (`in_turn`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from tests.cases import BOUND, Outcome, assert_parity, assert_same_weights
 from tests.layouts import DEEP, FAMILIES, LAYOUTS, RECOMPUTE, RECOMPUTED, SGD, UNEVEN
 from tests.tf import ranks
 from tests.tf.cases import evaluate_then_train, make_plan, train, train_each
+from tests.turns import in_turn
 
 GPIPE = {"degree": 2, "microbatches": 2, "schedule": "gpipe"}
 LAYOUTS_HERE = LAYOUTS | {
@@ -40,17 +39,7 @@ def reference(family: str, steps: int, **training: Any) -> list[Outcome]:
     return _references[key]
 
 
-def covering(turn: int, layouts: Iterable[str]) -> Iterator[Any]:
-    """Every (family, layout); those that are not this optimizer's turn are `long`.
-
-    Each optimizer, numbered by `turn`, has a layout with one family, so that two of them have all pairs of layout and family.
-    """
-    for (number, layout), family in product(enumerate(layouts), FAMILIES):
-        ours = FAMILIES[(number + turn) % len(FAMILIES)] == family
-        yield pytest.param(family, layout, marks=() if ours else pytest.mark.long, id=f"{family}-{layout}")
-
-
-@pytest.mark.parametrize(("family", "layout"), list(covering(0, LAYOUTS_HERE)))
+@pytest.mark.parametrize(("layout", "family"), in_turn(LAYOUTS_HERE, FAMILIES))
 def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradients(
     family: str, layout: str
 ) -> None:
@@ -58,7 +47,7 @@ def test_ten_adamw_steps_give_the_single_process_losses_norms_and_first_gradient
     assert_parity(run(family, world_size, distribution, 10), reference(family, 10))
 
 
-@pytest.mark.parametrize(("family", "layout"), list(covering(1, LAYOUTS_HERE)))
+@pytest.mark.parametrize(("layout", "family"), in_turn(LAYOUTS_HERE, FAMILIES, start=1))
 def test_ten_sgd_steps_give_the_single_process_weights(family: str, layout: str) -> None:
     """Without accumulation, which the steps of AdamW have."""
     world_size, distribution = LAYOUTS_HERE[layout]
@@ -68,15 +57,7 @@ def test_ten_sgd_steps_give_the_single_process_weights(family: str, layout: str)
     assert_same_weights(outcomes, expected)
 
 
-def recomputing() -> Iterator[Any]:
-    """Every (family, layout) with every mode; each layout has one mode by default, the modes taking turns."""
-    for (number, (family, layout)), (turn, mode) in product(enumerate(RECOMPUTED), enumerate(RECOMPUTE)):
-        ours = number % len(RECOMPUTE) == turn
-        marks = () if ours else pytest.mark.long
-        yield pytest.param(family, layout, mode, marks=marks, id=f"{family}-{layout}-{mode}")
-
-
-@pytest.mark.parametrize(("family", "layout", "mode"), list(recomputing()))
+@pytest.mark.parametrize(("family", "layout", "mode"), in_turn(RECOMPUTED, tuple(RECOMPUTE)))
 def test_recompute_changes_no_digit_that_matters(family: str, layout: str, mode: str) -> None:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     outcomes = run(family, world_size, distribution | {"activation_checkpointing": RECOMPUTE[mode]}, 2)

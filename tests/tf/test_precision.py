@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-from typing import Any
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,19 +13,12 @@ from tests.layouts import LAYOUTS
 from tests.tf import ranks
 from tests.tf.cases import make_plan, train
 from tests.tf.test_parity import reference
+from tests.turns import in_turn
 
 MIXED = ["single", "dp2", "sdp2-tp2", "pp2-tp2", "pp2-sdp2-tp2", "pp2-sdp2-zb-h1", "pp2-sdp2-zb-v"]
 
 
-def covering() -> Iterator[Any]:
-    """Each layout in each precision; by default the precisions take turns."""
-    modes = ("bf16", "fp16")
-    for (number, layout), mode in product(enumerate(MIXED), modes):
-        marks = () if modes[number % len(modes)] == mode else pytest.mark.long
-        yield pytest.param(layout, mode, marks=marks, id=f"{layout}-{mode}")
-
-
-@pytest.mark.parametrize(("layout", "mode"), list(covering()))
+@pytest.mark.parametrize(("layout", "mode"), in_turn(MIXED, ("bf16", "fp16")))
 def test_mixed_precision_follows_fp32_to_its_own_rounding(layout: str, mode: str) -> None:
     world_size, distribution = LAYOUTS.get(layout, (1, {}))
     plan = make_plan("gpt2", world_size, distribution | {"precision": mode})

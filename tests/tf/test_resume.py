@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from tests.cases import BOUND, Outcome, Piece, assemble
 from tests.layouts import FAMILIES, LAYOUTS
 from tests.tf import ranks
 from tests.tf.cases import make_plan, train, train_only
+from tests.turns import in_turn
 
 TOTAL, HALF = 6, 3
 LAYOUTS_HERE = LAYOUTS | {
@@ -85,15 +83,7 @@ def test_stop_and_resume_in_the_same_layout_is_bit_identical(layout: str, tmp_pa
         np.testing.assert_array_equal(actual[name], wanted[name], err_msg=name)
 
 
-def pairs() -> Iterator[Any]:
-    """Each pair with each family; by default the families take turns."""
-    for (number, (before, after)), family in product(enumerate(PAIRS), FAMILIES):
-        ours = FAMILIES[number % len(FAMILIES)] == family
-        marks = () if ours else pytest.mark.long
-        yield pytest.param(before, after, family, marks=marks, id=f"{before}-{after}-{family}")
-
-
-@pytest.mark.parametrize(("before", "after", "family"), list(pairs()))
+@pytest.mark.parametrize(("before", "after", "family"), in_turn(PAIRS, FAMILIES))
 def test_saved_in_one_layout_and_resumed_in_another_gives_the_same_losses(
     before: str, after: str, family: str, tmp_path: Path
 ) -> None:
