@@ -32,6 +32,7 @@ TOKEN_COUNT = "token count"
 SENDS = "sends"  # waiting, at the end of a pass, until everything sent has gone
 REDUCTION = "gradient reduction"  # waiting, at the end of the last pass, for gradients of other data ranks
 UPDATE = "update"
+PROGRAM = "program"  # all of a step, where it is compiled as one and nothing in it can be told apart
 
 _SPANS = re.compile(r"rank-(\d{5,9})\.spans\.json")
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
@@ -41,7 +42,8 @@ class MeasuredSpan(BaseModel):
     """What a rank did from `start` to `end`, in seconds of its machine's clock.
 
     `kind` is that of an action (`F`, `B`, `SF`, ...), `wait`, or a phase of the step that belongs to no stage: `token count`,
-    `sends`, `gradient reduction`, `update`. The span of an action begins when its wait is over: the two don't overlap.
+    `sends`, `gradient reduction`, `update`; `program` is all of a step that has no parts. The span of an action begins when its
+    wait is over: the two don't overlap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -258,7 +258,7 @@ def draw_pictures(run: Run) -> None:
     """The loss over the run, and the schedule where there is a pipeline, as PNG and SVG in the run's `pictures`; beside
     the traces of each profiled step, what ran when."""
     from mpsdk.report.pictures import loss_curve
-    from mpsdk.report.timeline import draw_profile
+    from mpsdk.report.timeline import draw_profile, has_actions
     from mpsdk.schedule.draw import draw
 
     folder = run.output_dir / PICTURES
@@ -271,7 +271,8 @@ def draw_pictures(run: Run) -> None:
         for suffix in (".png", ".svg"):
             draw(timeline, folder / f"schedule{suffix}")
     for directory in run.profiles:
-        if not (directory / PICTURE).exists():  # those of an earlier start of the run have theirs
+        drawn = (directory / PICTURE).exists()  # in an earlier start of the run
+        if not drawn and has_actions(directory):
             draw_profile(directory)
 
 

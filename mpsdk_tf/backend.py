@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parallelize import Feed, parallelize
 from mpsdk_tf.parameters import held_parameters
 from mpsdk_tf.precision import LossScale
+from mpsdk_tf.profile import measured
 from mpsdk_tf.recompute import repeat_exactly
 from mpsdk_tf.step import Trainer
 from mpsdk_tf.topology import Groups, Membership, join, make_groups
@@ -69,7 +70,10 @@ class TensorFlowBackend:
         return self._ready.trainer.step(batch, step=step, learning_rate=learning_rate)
 
     def profile(self, directory: Path | None) -> AbstractContextManager[None]:
-        return nullcontext()
+        if self._threads:
+            raise BackendError("ranks that are threads share one profiler; profile ranks that are processes")
+        trainer = self._ready.trainer
+        return measured(directory, trainer.plan, trainer.place, trainer.groups)
 
     def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
         return self._ready.trainer.evaluate(batch, step=step)

@@ -15,8 +15,8 @@ key, and an instance key, which stands for one place in the program and for one 
 order in which a program is traced, equal on all ranks of a group. Collectives of one rank run in program order
 (TensorFlow's automatic control dependencies see to it); sends and receives do not, and are ordered by the executor.
 
-This is the only module that uses symbols of TensorFlow that are not public: `tensorflow.python.eager.context` sets the
-cluster up and watches over it. TensorFlow has no public way to do either for more than its own strategies.
+Only this module and `mpsdk_tf.xplane` use symbols of TensorFlow that are not public: `tensorflow.python.eager.context` sets
+the cluster up and watches over it. TensorFlow has no public way to do either for more than its own strategies.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from mpsdk.schedule import Action, Kind
 from mpsdk_tf.comm import StageLinks, receive, send
+from mpsdk_tf.profile import scope
 from mpsdk_tf.stage import InFlight, Stage
 from mpsdk_tf.tensor import Tensor
 
@@ -87,7 +88,7 @@ class _Pass:
         self._before: list[tf.Operation] = []  # what the next action waits for
 
     def do(self, action: Action) -> None:
-        with tf.control_dependencies(self._before):
+        with tf.control_dependencies(self._before), scope(action):
             match action.kind:
                 case Kind.FORWARD:
                     self._forward(action.stage, action.microbatch)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from mpsdk.backend import IGNORED_LABEL, Batch, Place
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
+from mpsdk.profile import REDUCTION, TOKEN_COUNT, UPDATE
 from mpsdk_tf.agreement import agree
 from mpsdk_tf.comm import all_reduce, deadline
 from mpsdk_tf.compiled import compiles_step
@@ -20,6 +21,7 @@ from mpsdk_tf.executor import Executor
 from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parallelize import Feed
 from mpsdk_tf.precision import COMPUTE_DTYPES
+from mpsdk_tf.profile import scope
 from mpsdk_tf.sharded import ShardedReduction
 from mpsdk_tf.stage import Stage
 from mpsdk_tf.tensor import Tensor
@@ -148,7 +150,10 @@ class Trainer:
                 lambda number, *_: number < passes, once_more, start, parallel_iterations=1
             )
             self._reduction.begin(sums)
-        norm = self.optimizer.step(self._reduction.finish(), learning_rate)
+        with scope(REDUCTION):
+            gradients = self._reduction.finish()
+        with scope(UPDATE):
+            norm = self.optimizer.step(gradients, learning_rate)
         return total / divisor, norm, scale
 
     def _evaluate(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,8 +185,9 @@ class Trainer:
 
     def _count_tokens(self, labels: Tensor) -> Tensor:
         """Valid tokens of the whole global batch."""
-        count = tf.reduce_sum(tf.cast(labels != IGNORED_LABEL, tf.float64))
-        return tf.cast(all_reduce(count, self.groups.data), tf.float32)
+        with scope(TOKEN_COUNT):
+            count = tf.reduce_sum(tf.cast(labels != IGNORED_LABEL, tf.float64))
+            return tf.cast(all_reduce(count, self.groups.data), tf.float32)
 
     def _feed_from(
         self, ids: Tensor, labels: Tensor, step: Tensor, number: int | Tensor

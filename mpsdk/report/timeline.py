@@ -204,6 +204,13 @@ def _repeated(schedule: Schedule, passes: int) -> Schedule:
     return replace(schedule, microbatches=count * passes, actions=actions)
 
 
+def has_actions(directory: str | Path) -> bool:
+    """Whether there is anything to draw of the step profiled in `directory`: one that was compiled whole has no actions."""
+    folder = Path(directory)
+    measured = (RankSpans.load(spans_path(folder, rank)) for rank in measured_ranks(folder))
+    return any(span.kind in _COMPUTE for rank in measured for span in rank.spans)
+
+
 def draw_profile(directory: str | Path, *, width: float = 12.0) -> tuple[Path, Path]:
     """Draw the step profiled in `directory` into it, as `timeline.png` and `timeline.svg`.
 
@@ -219,8 +226,13 @@ def draw_profile(directory: str | Path, *, width: float = 12.0) -> tuple[Path, P
         The paths of the PNG and the SVG.
 
     Raises:
-        DataError: `directory` holds no profile.
+        DataError: `directory` holds no profile, or that of a step without actions.
     """
+    if measured_ranks(Path(directory)) and not has_actions(directory):
+        raise DataError(
+            f"{directory} holds nothing to draw: the step was compiled as one program, without actions"
+        )
+
     from matplotlib import rc_context  # pyright: ignore[reportUnknownVariableType]
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
