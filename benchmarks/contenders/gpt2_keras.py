@@ -26,7 +26,7 @@ class Positions(layers.Layer):
         self.positions = positions
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.table = self.add_weight(shape=(self.positions, input_shape[-1]), name="table")
+        self.table: Any = self.add_weight(shape=(self.positions, input_shape[-1]), name="table")
 
     def call(self, hidden: Any) -> Any:
         return hidden + self.table[: ops.shape(hidden)[1]]

@@ -56,7 +56,7 @@ class Mirrored:
             self.model: Any = gpt2(seat)
             self.optimizer = adamw(self.model)
             self.optimizer.build(self.model.trainable_variables)
-        self.cross_entropy = cross_entropy()
+        self.cross_entropy: Any = cross_entropy()
         compiled = True if seat.options.get("compile") else None
         self._differentiate = tf.function(self._gradients, jit_compile=compiled)
         self._train = tf.function(self._step)
