@@ -82,12 +82,13 @@ class Trainer:
             self._report, input_signature=[scalar, tf.TensorSpec((2,), tf.float64)], autograph=False
         )
         self._agreed = False
+        self._traced: set[str] = set()
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
         """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
         self._step = step
         inputs = self._take(batch)
-        with self._on_device("training"):
+        with self._running(self.train_program, "training"):
             loss, norm, scale = self.train_program(
                 *inputs, tf.constant(step, tf.int64), tf.constant(learning_rate, tf.float32)
             )
@@ -97,25 +98,27 @@ class Trainer:
         """Sum of token losses and count of valid tokens over all data ranks."""
         self._step = step
         inputs = self._take(batch)
-        with self._on_device("evaluating"):
+        with self._running(self.evaluation_program, "evaluating"):
             total, count = self.evaluation_program(*inputs)
             return float(total), float(count)
 
     def report(self, loss: Tensor, largest: Sequence[float]) -> tuple[float, list[float]]:
         """The sum of `loss` over data ranks, and the largest of the other values over all ranks."""
-        with self._on_device("reading the loss"):
+        with self._running(self._report_program, "reading the loss"):
             total, most = self._report_program(loss, tf.constant(largest, tf.float64))
             return float(total), [float(value) for value in most]
 
     @contextmanager
-    def _on_device(self, activity: str) -> Iterator[None]:
-        """Run a program on this rank's device; one that waits too long for other ranks ends with an error."""
+    def _running(self, program: tf.types.experimental.PolymorphicFunction, activity: str) -> Iterator[None]:
+        """Run `program` on this rank's device; one that waits too long for other ranks ends with an error."""
         place = self.place
-        with (
-            tf.device(self.groups.device),
-            deadline(place.timeout, place.rank, f"step {self._step}, {activity}"),
-        ):
-            yield
+        with tf.device(self.groups.device):
+            if activity not in self._traced:  # first, since its notes don't say that this rank waits
+                program.get_concrete_function()
+                self._traced.add(activity)
+            self._note(f"waiting with the other ranks, {activity}" if place.world_size > 1 else activity)
+            with deadline(place.timeout, place.rank, f"step {self._step}, {activity}"):
+                yield
 
     # -- the programs -----------------------------------------------------------------------------------------------
 
@@ -233,7 +236,6 @@ class Trainer:
             self._note("agreeing on the programs with the other ranks")
             agree(self.plan, self.place, self.groups)
             self._agreed = True
-        self._note("running the program of the step")
         with tf.device(self.groups.device):
             return [
                 tf.constant(np.ascontiguousarray(batch[name]), tf.int32) for name in ("input_ids", "labels")
