@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from benchmarks.contenders import Seat
 from benchmarks.sizes import LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
@@ -29,7 +29,7 @@ class Positions(layers.Layer):
         self.table: Any = self.add_weight(shape=(self.positions, input_shape[-1]), name="table")
 
     def call(self, hidden: Any) -> Any:
-        return hidden + self.table[: ops.shape(hidden)[1]]
+        return hidden + self.table[: hidden.shape[1]]
 
 
 def gpt2(seat: Seat) -> keras.Model:
