@@ -52,22 +52,25 @@ def losses(run: Run) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """The same run in each framework at pipeline 2 x tensor 2, uninterrupted, with a checkpoint half way."""
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Run]]:
+    """A family, and the same run in each framework at pipeline 2 x tensor 2, uninterrupted, with a checkpoint half way."""
     runs = {}
     for framework in FRAMEWORKS:
         directory = tmp_path_factory.mktemp(f"{request.param}-{framework}")
         job = estimator(directory, request.param, framework, PP2_TP2)
         runs[framework] = job.fit(train=TEXT, validation=0.05)
-    return runs
+    return request.param, runs
 
 
-@pytest.mark.parametrize(("before", "after"), [FRAMEWORKS, FRAMEWORKS[::-1]], ids="-to-".join)
+@pytest.mark.parametrize(
+    ("before", "after"), [FRAMEWORKS, FRAMEWORKS[::-1]], ids=["to TensorFlow", "to PyTorch"]
+)
 def test_a_checkpoint_of_one_framework_resumes_in_the_other_at_sdp2(
-    finished: dict[str, Run], before: str, after: str, request: pytest.FixtureRequest, tmp_path: Path
+    finished: tuple[str, dict[str, Run]], before: str, after: str, tmp_path: Path
 ) -> None:
-    whole = finished[before]
-    family = "llama" if "llama" in request.node.callspec.id else "gpt2"
+    family, whole = finished[0], finished[1][before]
     half = whole.output_dir / "checkpoints" / f"step-{HALF:08}"
     assert Checkpoint.open(str(half)).step == HALF
     run = estimator(tmp_path, family, after, SDP2).fit(train=TEXT, validation=0.05, resume=str(half))
@@ -97,9 +100,9 @@ def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
 
 
 def test_the_export_of_a_tensorflow_run_has_its_validation_loss_in_transformers(
-    finished: dict[str, Run], tmp_path: Path
+    finished: tuple[str, dict[str, Run]], tmp_path: Path
 ) -> None:
-    run = finished["tensorflow"]
+    run = finished[1]["tensorflow"]
     run.export(tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     evaluated = run.evaluate(TEXT)
