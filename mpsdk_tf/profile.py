@@ -47,7 +47,7 @@ from mpsdk.schedule import SENDS as SEND_KINDS
 from mpsdk_tf.comm import all_reduce, deadline
 from mpsdk_tf.compiled import compiles_step
 from mpsdk_tf.topology import Groups
-from mpsdk_tf.xplane import Event, Operation, is_operation, operations, read_events
+from mpsdk_tf.xplane import Event, Operation, operation_of, operations, read_events
 
 _MET = "ranks met"  # an event of the trace: where its clock and the machine's are read together
 _BOOKKEEPING = ("ThreadpoolListener::", "ExecutorState::", "ExecutorDoneCallback")
@@ -182,35 +182,43 @@ def _extents(ran: Iterable[Operation], names: set[str]) -> dict[tuple[str, int],
 
 def _trace(rank: int, events: Iterable[Event], ranges: Iterable[Range]) -> Iterator[dict[str, Any]]:
     """The events of a Chrome trace: the ranges, above what each thread and device ran."""
-    lines: dict[str, int] = {}
-    yield {"ph": "M", "pid": rank, "tid": 0, "name": "process_name", "args": {"name": f"rank {rank}"}}
-    kept = [event for event in events if not event.name.startswith(_BOOKKEEPING)]
     shown = [
-        (line, "user_annotation", each.name, each.span.start, each.span.end)
+        (line, each.span.start, each.span.end, {"cat": "user_annotation", "name": each.name})
         for line, each in _in_lines(ranges)
     ]
-    shown += [(event.line, _category(event), event.name, event.start, event.end) for event in kept]
-    for line, category, name, start, end in shown:
-        if line not in lines:
-            lines[line] = len(lines)
-            yield {"ph": "M", "pid": rank, "tid": lines[line], "name": "thread_name", "args": {"name": line}}
+    shown += [
+        (event.line, event.start, event.end, _shown(event))
+        for event in events
+        if not event.name.startswith(_BOOKKEEPING)
+    ]
+    lines = {line: number for number, line in enumerate(dict.fromkeys(line for line, *_ in shown))}
+    yield {"ph": "M", "pid": rank, "tid": 0, "name": "process_name", "args": {"name": f"rank {rank}"}}
+    for line, number in lines.items():
+        yield {"ph": "M", "pid": rank, "tid": number, "name": "thread_name", "args": {"name": line}}
+    for line, start, end, what in shown:
         when = {"ts": start * _MICROSECONDS, "dur": (end - start) * _MICROSECONDS}
-        yield {"ph": "X", "cat": category, "name": name, "pid": rank, "tid": lines[line], **when}
+        yield {"ph": "X", "pid": rank, "tid": lines[line], **when, **what}
 
 
-def _category(event: Event) -> str:
+def _shown(event: Event) -> dict[str, Any]:
+    """An operation by its type, as the same one of another block or microbatch has it too; its full name beside that."""
     if event.on_device:
-        return "kernel"
-    return "cpu_op" if is_operation(event) else "runtime"
+        return {"cat": "kernel", "name": event.name}
+    operation = operation_of(event)
+    if operation is None:
+        return {"cat": "runtime", "name": event.name}
+    name, type_ = operation
+    return {"cat": "cpu_op", "name": type_, "args": {"operation": name}}
 
 
 def _in_lines(ranges: Iterable[Range]) -> Iterator[tuple[str, Range]]:
     """Put ranges on lines: on one what comes one after another, on others what goes on beside it, without overlap."""
+    in_order = sorted(ranges, key=lambda each: each.span.start)
+    beside = [each for each in in_order if each.span.kind in {TOKEN_COUNT, *_MESSAGES}]
+    yield from (("actions", each) for each in in_order if each not in beside)
     free: dict[str, float] = {}
-    for each in sorted(ranges, key=lambda each: each.span.start):
-        kind, line = each.span.kind, "actions"
-        if kind == TOKEN_COUNT or kind in _MESSAGES:
-            ready = (name for name, end in free.items() if end <= each.span.start)
-            line = next(ready, f"messages {len(free)}")
-            free[line] = each.span.end
+    for each in beside:
+        ready = (line for line, end in free.items() if end <= each.span.start)
+        line = next(ready, f"messages {len(free) + 1}")
+        free[line] = each.span.end
         yield line, each

@@ -72,8 +72,10 @@ def _events(plane: Any) -> Iterable[Event]:
             yield Event(name, label, on_device, start, start + event.duration_ps * 1e-12, of)
 
 
-def is_operation(event: Event) -> bool:
-    return _OPERATION.fullmatch(event.name) is not None
+def operation_of(event: Event) -> tuple[str, str] | None:
+    """Name and type of the operation that `event` is a run of."""
+    match = None if event.on_device else _OPERATION.fullmatch(event.name)
+    return None if match is None else (match[1], match[2])
 
 
 def operations(events: Iterable[Event]) -> list[Operation]:
@@ -90,8 +92,8 @@ def operations(events: Iterable[Event]) -> list[Operation]:
             begun.setdefault(event.of, []).append(event.start)
         elif event.of is not None and event.name == _DONE:
             done.setdefault(event.of, []).append(event.start)
-        elif not event.on_device and (match := _OPERATION.fullmatch(event.name)):
-            ran.append((event.start, event.end, match[1]))
+        elif (operation := operation_of(event)) is not None:
+            ran.append((event.start, event.end, operation[0]))
     ran = [(start, end, name) for start, end, name in ran if name not in begun]
     for name, starts in begun.items():
         ran += [(start, end, name) for start, end in zip(starts, done.get(name, []), strict=False)]
