@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -14,12 +13,12 @@ from pydantic import ValidationError
 from mpsdk.backend import limits_of
 from mpsdk.config import Profile, problems_of
 from mpsdk.errors import ConfigError, Problem
+from mpsdk.factory import FRAMEWORKS, NAME, Factory, factory_of
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.launch import Launcher, get_launcher
 from mpsdk.profile import is_measured, step_folder
 
-CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 T = TypeVar("T")
 
 
@@ -35,15 +34,22 @@ def collect(problems: list[Problem], make: Callable[[], T], *, prefix: str = "")
         return None
 
 
-def model_argument(model: object) -> ReadModel:
-    """The family, configuration and spec of `model`, without its weights."""
+def model_argument(model: object, framework: str) -> ReadModel | Factory:
+    """The family, configuration and spec of `model`, without its weights; or the callable that makes it."""
     families = "give a Hugging Face directory or configuration of a known family, or a TransformerSpec"
     if isinstance(model, os.PathLike):
         model = os.fspath(cast("os.PathLike[str]", model))
-    if isinstance(model, str) and CALLABLE.fullmatch(model) and not Path(model).exists():
-        raise _refusal("model", model, f"an importable callable can't be trained yet; {families}")
+    named = isinstance(model, str) and NAME.fullmatch(model) and not Path(model).exists()
+    if named or (callable(model) and hasattr(model, "__qualname__")):
+        if framework in FRAMEWORKS:
+            return factory_of(cast("str | Callable[..., object]", model))
+        what = model if named else repr(model)
+        remedy = f"an importable callable can't be trained yet with framework {framework!r}; {families}"
+        raise _refusal("model", what, remedy)
     if not isinstance(model, (str, Mapping, TransformerSpec)):
         kind = type(model).__name__
+        if framework in FRAMEWORKS:
+            families += ", or a callable that makes a model"
         raise _refusal("model", kind, f"an object of this type can't be trained yet; {families}")
     read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
     try:

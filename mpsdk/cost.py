@@ -17,7 +17,14 @@ STATE_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient, two AdamW moments
 
 def matrix_elements(tensors: Iterable[TensorDescription]) -> int:
     """Elements of the matrices that multiply activations (not of an embedding, which is looked up)."""
-    return sum(t.elements for t in tensors if len(t.shape) == 2 and t.role in ("column", "row"))
+    return sum(
+        t.elements for t in tensors if (len(t.shape) == 2 and t.role in ("column", "row")) or _may_multiply(t)
+    )
+
+
+def _may_multiply(tensor: TensorDescription) -> bool:
+    """Whether a tensor of a user's own model, of which nothing else is known, is taken to multiply activations."""
+    return tensor.initial.kind == "given" and len(tensor.shape) > 1 and tensor.part != "embedding"
 
 
 def block_flops(model: ModelDescription, kind: str, sequence_length: int) -> float:
@@ -30,7 +37,7 @@ def block_flops(model: ModelDescription, kind: str, sequence_length: int) -> flo
 
 def head_flops(model: ModelDescription) -> float:
     """Forward FLOPs of one token in the output projection."""
-    return 2.0 * sum(t.elements for t in model.head if t.role == "vocab")
+    return 2.0 * sum(t.elements for t in model.head if t.role == "vocab" or _may_multiply(t))
 
 
 def forward_flops(model: ModelDescription, sequence_length: int) -> float:

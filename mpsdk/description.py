@@ -19,11 +19,12 @@ BLOCK_PREFIX = "blocks.{block}."
 
 
 class Initial(BaseModel):
-    """How a tensor starts: a normal distribution with standard deviation `std`, or a constant."""
+    """How a tensor starts: a normal distribution with standard deviation `std`, a constant, or as the model's own factory
+    gives it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["normal", "zeros", "ones"]
+    kind: Literal["normal", "zeros", "ones", "given"]
     std: float = 0.0
 
 
@@ -45,6 +46,7 @@ class TensorDescription(BaseModel):
     units: int | None = None
     unit: str | None = None
     decay: bool = True  # weight decay applies (not to biases and norms)
+    trainable: bool = True
     initial: Initial
     tied_to: str | None = None  # the canonical name of the owner, when this is the same tensor
 
@@ -62,13 +64,15 @@ class TensorDescription(BaseModel):
 
 
 class ModelDescription(BaseModel):
-    """A model as `resolve` sees it. Tensor names of a kind are relative; `tensors()` gives them in full."""
+    """A model as `resolve` sees it. Canonical names of a kind are relative; `tensors()` gives them in full. Names of
+    naming "module" are full names everywhere, so that each block is of a kind of its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     spec: TransformerSpec | None = None  # families only
     naming: Literal["canonical", "module"] = "canonical"
+    factory: str | None = None  # "package.module:callable" that makes the model; None for families
     max_positions: int | None = None
     vocab_size: int | None = None
     embedding: tuple[TensorDescription, ...]
@@ -78,7 +82,7 @@ class ModelDescription(BaseModel):
 
     def block_tensors(self, block: int) -> Iterator[TensorDescription]:
         """The tensors of block number `block`, under their full names."""
-        prefix = BLOCK_PREFIX.format(block=block)
+        prefix = BLOCK_PREFIX.format(block=block) if self.naming == "canonical" else ""
         for tensor in self.kinds[self.blocks[block]]:
             yield tensor.model_copy(update={"name": prefix + tensor.name, "block": block})
 

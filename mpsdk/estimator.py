@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,6 +27,7 @@ from mpsdk.backend import Place
 from mpsdk.config import Data, Distribution, Job, Profile, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import CheckpointError, ConfigError, Problem
+from mpsdk.factory import Factory, describe
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from mpsdk.report.callbacks import Callback
     from mpsdk.report.reporter import Reporter
 
-Model = str | os.PathLike[str] | Mapping[str, object] | TransformerSpec
+Model = str | os.PathLike[str] | Mapping[str, object] | TransformerSpec | Callable[[], object]
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ class Estimator:
 
     Args:
         model: a directory with a Hugging Face config.json (its weights are where training starts, if it has any); the
-            fields of such a config, with `model_type`; a `TransformerSpec`; a model's name on the Hugging Face hub.
+            fields of such a config, with `model_type`; a `TransformerSpec`; a model's name on the Hugging Face hub; for
+            TensorFlow, a callable that makes a Keras model, or "package.module:callable": see `mpsdk_tf.keras_model`.
         entry_point: a training script of your own, instead of a model. Not there yet.
         framework: "torch" or "tensorflow".
         distribution: a `Distribution`, a dict, or the path of a file.
@@ -82,7 +85,7 @@ class Estimator:
     output_dir: Path
     callbacks: tuple[Callback, ...]
     profile: Profile
-    _read: ReadModel
+    _read: ReadModel | Factory
     _job: Job | None  # the file that it was made of: what `fit` takes where it isn't told otherwise
 
     def __init__(
@@ -104,7 +107,7 @@ class Estimator:
             *framework_problems(framework),
             *callback_problems(callbacks),
         ]
-        read = None if model is None else collect(problems, lambda: model_argument(model))
+        read = None if model is None else collect(problems, lambda: model_argument(model, framework))
         spread = collect(problems, lambda: Distribution.parse(distribution or {}))
         how = collect(problems, lambda: Training.parse(training or {}), prefix="training.")
         where = collect(problems, lambda: launcher_argument(launcher))
@@ -163,7 +166,8 @@ class Estimator:
     # -- plan -------------------------------------------------------------------------------------------------------
 
     def plan(self, world_size: int | None = None) -> Plan:
-        """What the job becomes on `world_size` ranks. Starts no process; for a model family, imports no framework.
+        """What the job becomes on `world_size` ranks. Starts no process and imports no framework; a model of your own is
+        made once in a process beside this one, to be described.
 
         Args:
             world_size: None: as many as a launcher has started already, or as `launcher` would start.
@@ -205,13 +209,18 @@ class Estimator:
             return "gpu"
         return "gpu" if visible_gpus() else "cpu"
 
-    @property
+    @cached_property
     def _description(self) -> ModelDescription:
+        if isinstance(self._read, Factory):
+            length = self.training.sequence_length
+            return describe(self._read._replace(sequence_length=length), self.framework)
         return describe_spec(self._read.spec)
 
     @property
     def _model_directory(self) -> str | None:
-        return None if self._read.directory is None else str(self._read.directory.resolve())
+        if isinstance(self._read, Factory) or self._read.directory is None:
+            return None
+        return str(self._read.directory.resolve())
 
     # -- fit --------------------------------------------------------------------------------------------------------
 
@@ -272,21 +281,13 @@ class Estimator:
         except OSError as error:
             problem = Problem("output_dir", str(self.output_dir), f"can't be made: {error.strerror}")
             raise ConfigError([problem], where="the run") from None
-        read = self._read
-        if isinstance(self.model, (str, os.PathLike)):
-            read = read_model(
-                os.fspath(self.model)
-            )  # the weights of a model on the hub, which `plan` does without
-        directory = None if read.directory is None else str(read.directory.resolve())
         order = WorkOrder(
             mode="train",
             plan=plan,
             output_dir=str(self.output_dir.resolve()),
             resume=resume,
-            model_directory=directory,
-            pretrained=read.directory is not None and _has_weights(read.directory),
-            hf_config=cast("dict[str, Any]", read.hf_config),
             profile=self.profile,
+            **self._model_in_order(),
         )
         checkpoint = expected_checkpoint(order)
         if checkpoint is None:
@@ -294,6 +295,20 @@ class Estimator:
         elif problems := done_step_problems(self.profile, self.output_dir, plan.world_size, checkpoint.step):
             raise ConfigError(problems, where="the run")
         return order
+
+    def _model_in_order(self) -> dict[str, Any]:
+        """The fields of an order that say where the model comes from."""
+        read, model = self._read, cast("object", self.model)
+        if isinstance(read, Factory):
+            return {"import_from": read.directory}
+        if isinstance(model, (str, os.PathLike)):
+            # Again, for the weights of a model on the hub, which `plan` does without.
+            read = read_model(os.fspath(cast("str | os.PathLike[str]", model)))
+        return {
+            "model_directory": None if read.directory is None else str(read.directory.resolve()),
+            "pretrained": read.directory is not None and _has_weights(read.directory),
+            "hf_config": read.hf_config,
+        }
 
     def _is_finished(self, order: WorkOrder) -> bool:
         """Whether the run has done all its steps before; says so then. Damaged checkpoints the workers pass over."""

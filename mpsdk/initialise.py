@@ -51,6 +51,8 @@ class RandomSource:
             raise CheckpointError(
                 f"initial values exist for slot {WEIGHT!r} only, not for {slot!r} of {name!r}"
             )
+        if tensor.initial.kind == "given":
+            raise CheckpointError(f"the first values of {name!r} come from the model's own factory")
         check_slice(tensor, offset, shape)
         return initial_values(tensor.initial, tensor.shape, offset, shape, key=_key(self._seed, tensor.name))
 

@@ -53,6 +53,7 @@ class WorkOrder(BaseModel):
     )
     pretrained: bool = False  # a fresh run starts from the weights in model_directory
     hf_config: dict[str, JsonValue] = {}  # what the model's configuration said, for the export
+    import_from: str | None = None  # where the package of the model's factory lies
     train: PreparedData | None = None
     validation: PreparedData | None = None
     profile: Profile = Profile()  # what to measure, which is not of the plan: it changes nothing
@@ -65,9 +66,11 @@ class WorkOrder(BaseModel):
             return os.path.join(self.output_dir, "checkpoints")
         return chosen if is_remote(chosen) else os.path.abspath(chosen)
 
-    def initial_weights(self) -> TensorSource:
-        """Where a run gets its weights from that starts without a checkpoint."""
+    def initial_weights(self) -> TensorSource | None:
+        """Where a run gets its weights from that starts without a checkpoint. None: from the model's own factory."""
         description = self.plan.description
+        if description.factory is not None:
+            return None
         if not self.pretrained:
             return RandomSource(description, self.plan.training.seed)
         from mpsdk.families.hf import HuggingFaceSource

@@ -31,6 +31,7 @@ from mpsdk.checkpoint import Checkpoint, commit, find, prune, remove_leftovers, 
 from mpsdk.checkpoint.names import step_of
 from mpsdk.data import Dataset, SampleStream, evaluation_batches, training_batch
 from mpsdk.errors import WorkerError
+from mpsdk.factory import make_importable
 from mpsdk.launch.control import Control
 from mpsdk.launch.environment import generation_from_environment, run_directory_from_environment
 from mpsdk.launch.worker_main import guard
@@ -80,9 +81,12 @@ class Work:
         start = Start(*self.control.decide("start", self._find_start))
         self.step, self.samples_consumed = start.step, start.samples_consumed
         self.place.note("building the model")
+        make_importable(self.order.import_from)
         self.backend.build(self.plan, self.place)
         self.place.note("loading the weights")
-        self.backend.load(self._source(start))
+        source = self._source(start)
+        if source is not None:
+            self.backend.load(source)
         if self.order.mode == "evaluate":
             self._evaluate()
         else:
@@ -278,7 +282,7 @@ class Work:
             remove_leftovers(self.order.checkpoints, generation=self.generation)
         return find_start(self.order)
 
-    def _source(self, start: Start) -> TensorSource:
+    def _source(self, start: Start) -> TensorSource | None:
         if start.checkpoint is None:
             return self.order.initial_weights()
         checkpoint = Checkpoint.open(start.checkpoint)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpsdk_tf.backend import TensorFlowBackend
-    from mpsdk_tf.pretrained import from_config, from_pretrained
+    from mpsdk_tf.pretrained import from_checkpoint, from_config, from_pretrained
 
 _HOMES = {
     "TensorFlowBackend": "mpsdk_tf.backend",
+    "from_checkpoint": "mpsdk_tf.pretrained",
     "from_config": "mpsdk_tf.pretrained",
     "from_pretrained": "mpsdk_tf.pretrained",
 }
-__all__ = ["TensorFlowBackend", "from_config", "from_pretrained"]
+__all__ = ["TensorFlowBackend", "from_checkpoint", "from_config", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

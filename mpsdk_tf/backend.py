@@ -9,12 +9,15 @@ from pathlib import Path
 import tensorflow as tf
 
 from mpsdk.backend import Batch, Place, RankState, StepResult, TensorSource
+from mpsdk.config import Precision
 from mpsdk.description import ModelDescription
 from mpsdk.errors import BackendError, ConfigError, Problem
+from mpsdk.factory import Factory
 from mpsdk.families import FAMILIES
 from mpsdk.plan import Plan
 from mpsdk_tf.checkpoint import fill_optimizer, fill_weights, rank_state
 from mpsdk_tf.compiled import is_compiled, verify_compiler
+from mpsdk_tf.keras_model import FirstValues, make, make_for
 from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parallelize import Feed, parallelize
 from mpsdk_tf.parameters import held_parameters
@@ -45,8 +48,10 @@ class TensorFlowBackend:
         self._built: _Built | None = None
 
     def describe(self, model: object) -> ModelDescription:
+        if isinstance(model, Factory):
+            return make(model, seed=0, precision=Precision(), device="/device:CPU:0").description()
         known = ", ".join(FAMILIES)
-        remedy = f"the TensorFlow backend trains the model families so far; give a configuration of one of: {known}"
+        remedy = f"give a callable that makes a Keras model, or a configuration of one of the model families: {known}"
         raise ConfigError([Problem("model", type(model).__name__, remedy)])
 
     def build(self, plan: Plan, place: Place) -> None:
@@ -56,14 +61,23 @@ class TensorFlowBackend:
         with tf.device(groups.device):
             if is_compiled(plan):
                 verify_compiler(groups.device)
+            made = None
+            if plan.description.factory is not None:
+                made = make_for(plan, groups.device.replace("GPU", "CPU"))
             feed = Feed()
             held = held_parameters(
                 plan, plan.stages_of(place.rank), tp=groups.coordinates.tp, sdp=groups.coordinates.sdp
             )
-            stages = {number: parallelize(plan, number, of, groups, feed) for number, of in held.items()}
+            stages = {
+                number: parallelize(plan, number, of, groups, feed, made) for number, of in held.items()
+            }
             loss_scale = LossScale(plan.distribution.precision)
             optimizer = ShardedOptimizer(held, plan.training, groups, loss_scale)
-            trainer = Trainer(plan, place, groups, stages, optimizer, feed)
+            digest = "" if made is None else made.digest
+            trainer = Trainer(plan, place, groups, stages, optimizer, feed, digest=digest)
+            if made is not None:
+                fill_weights(optimizer.held, FirstValues(made))
+                made.let_go()
         self._built = _Built(membership, groups, optimizer, trainer)
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:

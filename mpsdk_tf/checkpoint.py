@@ -24,7 +24,7 @@ def _shards(optimizer: ShardedOptimizer) -> Iterator[Shard]:
         offset, shape = item.canonical_slice
         if not item.planned.owned or 0 in shape:
             continue
-        for slot, variable in {WEIGHT: item.local, **optimizer.state[item.name]}.items():
+        for slot, variable in {WEIGHT: item.local, **optimizer.state.get(item.name, {})}.items():
             yield Shard(
                 name=item.planned.name,
                 slot=slot,

@@ -31,7 +31,6 @@ class Executor:
     Args:
         stages: this rank's stages by number. The last stage of the model gives a microbatch's loss.
         stage_rank: the pipeline coordinate of every stage.
-        hidden: shape and dtype of what travels between stages.
         reduction: told of gradients.
         note: told each action before it is traced.
     """
@@ -42,13 +41,12 @@ class Executor:
         *,
         stage_rank: Sequence[int],
         links: StageLinks | None,
-        hidden: tf.TensorSpec,
         reduction: Reduction,
         note: Callable[[str], None],
     ) -> None:
         self.stages, self.links = stages, links
         self.stage_rank, self.last_stage = stage_rank, len(stage_rank) - 1
-        self.hidden, self.reduction, self.note = hidden, reduction, note
+        self.reduction, self.note = reduction, note
 
     def run(
         self, actions: Sequence[Action], inputs: Callable[[int], Tensor], seed_gradient: Tensor
@@ -178,5 +176,8 @@ class _Pass:
         source = stage - 1 if forward else stage + 1
         owner = executor.stage_rank
         link = executor.links.link(owner[source], owner[stage], forward=forward)
-        received = receive(executor.hidden, link)
+        at = executor.stages[stage]
+        spec = at.takes if forward else at.gives
+        assert spec is not None
+        received = receive(spec, link)
         (self._inputs if forward else self._gradients)[(stage, microbatch)] = received

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from mpsdk.errors import BackendError
 from mpsdk_tf.tensor import Tensor
 
 Call = Callable[[list[Tensor], Tensor, list[Tensor]], Tensor]
@@ -77,7 +78,7 @@ class Piece:
         self, parameters: Sequence[Tensor], hidden: Tensor, extras: Sequence[Tensor]
     ) -> tuple[Tensor, Saved]:
         traced = self._trace(parameters, hidden, extras)
-        inputs = [*parameters, hidden, *extras]
+        inputs = [*parameters, hidden, *extras, *traced.constants]
         output, *kept = traced.forward(*inputs)
         return output, Saved(inputs, traced.parameters, kept)
 
@@ -144,6 +145,12 @@ class _Traced:
         self._forward, self._backward, self._output = _differentiate(
             piece.call, specs, self.parameters, sources
         )
+        self.constants: list[Tensor] = list(self._forward.captured_inputs)  # that layers hold as tensors
+        if any(constant.dtype == tf.resource for constant in self.constants):
+            raise BackendError(
+                f"{piece.name} reads a variable that is not a weight of its layers; make it one, and give random operations a "
+                "keras.random.SeedGenerator of the layer"
+            )
         self._inputs: list[Tensor] = list(self._forward.inputs)
         self._gradients: list[Tensor] = list(self._backward.structured_outputs)
         given = {tensor.ref(): index for index, tensor in enumerate(self._inputs)}
@@ -292,6 +299,7 @@ def _copy(graph: tf.Graph, wanted: Sequence[str], given: dict[str, Tensor]) -> l
             data = [each for each in node.input if not each.startswith("^")]
             del part.node[-1].input[:]
             part.node[-1].input.extend(data)
+            part.node[-1].attr.pop("_class", None)  # to stand beside an operation that may not be copied
     missing = [name for name in wanted if name not in given]
     made: list[Tensor] = []
     if missing:

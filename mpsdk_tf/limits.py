@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import Problem
-from mpsdk.families import FAMILIES
 
 
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
@@ -22,14 +21,25 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
             )
         )
     if description.spec is None:
-        problems.append(
-            Problem(
-                "model",
-                description.name,
-                f"the TensorFlow backend trains the model families so far: {', '.join(FAMILIES)}",
-            )
-        )
+        problems += _own_model_limits(distribution, description)
     return problems
+
+
+def _own_model_limits(distribution: Distribution, description: ModelDescription) -> Iterator[Problem]:
+    """What can't be had of a user's own Keras model."""
+    tensor, stages = distribution.tensor_parallel.degree, distribution.pipeline.degree
+    if tensor > 1:
+        remedy = "a model of your own can't be cut inside of its layers; use sharded_data_parallel or pipeline instead"
+        yield Problem("tensor_parallel.degree", tensor, remedy)
+    if stages > 1 and len(description.blocks) == 1:
+        remedy = (
+            f"{description.name} can't be cut into stages: only a Sequential or functional model can, at tensors that alone "
+            "lead from one part to the next, where no mask passes and no weight is used on both sides"
+        )
+        yield Problem("pipeline.degree", stages, remedy)
+    if distribution.activation_checkpointing.mode == "selective":
+        remedy = 'keeps results that only the layers of the model families name; set mode to "full" or "none"'
+        yield Problem("activation_checkpointing.mode", "selective", remedy)
 
 
 def _compile_limits(distribution: Distribution) -> Iterator[Problem]:

@@ -35,7 +35,9 @@ class ShardedOptimizer:
     ) -> None:
         self.held: list[Held] = list(chain.from_iterable(held.values()))
         self.training, self.groups, self.loss_scale = training, groups, loss_scale
-        self._updated = [item for item in self.held if item.local.shape.num_elements()]
+        self._updated = [
+            item for item in self.held if item.local.shape.num_elements() and item.planned.tensor.trainable
+        ]
         self.steps = tf.Variable(tf.constant(0, tf.int64), trainable=False)
         self.state: dict[str, dict[str, tf.Variable]] = {  # by parameter: checkpoint slots
             item.name: {slot: tf.Variable(tf.zeros_like(item.local), trainable=False) for slot in self.slots}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import keras
+import tensorflow as tf
 
 from mpsdk.plan import Plan
 from mpsdk_tf.compiled import compile_islands, compiles_pieces, is_compiled
 from mpsdk_tf.dropout import Moment, Site, seeds_at
 from mpsdk_tf.graph import Call, Piece
+from mpsdk_tf.keras_model import KerasModel
+from mpsdk_tf.keras_parts import keras_parts
 from mpsdk_tf.loss import cross_entropy_sum
 from mpsdk_tf.parameters import Held
 from mpsdk_tf.precision import COMPUTE_DTYPES, layers_of
@@ -40,8 +43,57 @@ class Feed:
         return seeds
 
 
-def parallelize(plan: Plan, stage: int, held: Sequence[Held], groups: Groups, feed: Feed) -> Stage:
-    """Stage number `stage` on this rank, cut, recomputing, compiled, and sharded."""
+def parallelize(
+    plan: Plan,
+    stage: int,
+    held: Sequence[Held],
+    groups: Groups,
+    feed: Feed,
+    made: KerasModel | None = None,
+) -> Stage:
+    """Stage number `stage` on this rank, cut, recomputing, compiled, and sharded.
+
+    `made`: a user's own model; None: the plan's Transformer.
+    """
+    by_name = {item.name: item for item in held}
+    planned = plan.units(stage, groups.coordinates.tp)
+    units = [Unit([by_name[tensor.name] for tensor in unit], plan, groups) for unit in planned]
+    unit_of = {tensor.name: number for number, unit in enumerate(planned) for tensor in unit}
+    if made is None:
+        training, quiet = _transformer_parts(plan, stage, unit_of, groups, feed)
+    else:
+        training, quiet = (
+            keras_parts(plan, made, stage, unit_of, groups, feed, training=each) for each in (True, False)
+        )
+    travelling = _travelling(plan, groups, made)
+    sharded = plan.distribution.sharded_data_parallel
+    return Stage(
+        training,
+        quiet,
+        units,
+        takes=travelling[stage - 1] if stage > 0 else None,
+        gives=travelling[stage] if stage < len(plan.stages) - 1 else None,
+        lets_go=plan.degrees.sdp > 1 and sharded.level == "parameters",
+        prefetch=sharded.prefetch,
+        device=groups.device,
+    )
+
+
+def _travelling(plan: Plan, groups: Groups, made: KerasModel | None) -> list[tf.TensorSpec]:
+    """What each stage but the last passes on."""
+    length, tensor = plan.training.sequence_length, groups.tensor
+    if made is not None:
+        return made.travelling(plan)
+    assert plan.description.spec is not None
+    part = length // (tensor.size if tensor.sequence_parallel else 1)
+    shape = (plan.microbatch_size, part, plan.description.spec.hidden_size)
+    return [tf.TensorSpec(shape, COMPUTE_DTYPES[plan.distribution.precision.mode])] * (len(plan.stages) - 1)
+
+
+def _transformer_parts(
+    plan: Plan, stage: int, unit_of: dict[str, int], groups: Groups, feed: Feed
+) -> tuple[list[Part], list[Part]]:
+    """For training, and without dropout for evaluation."""
     spec = plan.description.spec
     assert spec is not None
     with layers_of(COMPUTE_DTYPES[plan.distribution.precision.mode]):
@@ -55,20 +107,10 @@ def parallelize(plan: Plan, stage: int, held: Sequence[Held], groups: Groups, fe
         )
     if is_compiled(plan) and not compiles_pieces(plan):
         compile_islands(model)
-    by_name = {item.name: item for item in held}
-    planned = plan.units(stage, groups.coordinates.tp)
-    units = [Unit([by_name[tensor.name] for tensor in unit], plan, groups) for unit in planned]
-    unit_of = {tensor.name: number for number, unit in enumerate(planned) for tensor in unit}
     training = _parts(plan, model, unit_of, groups, feed, training=True)
-    sharded = plan.distribution.sharded_data_parallel
-    return Stage(
-        training,
-        _parts(plan, model, unit_of, groups, feed, training=False) if spec.dropout.any else training,
-        units,
-        lets_go=plan.degrees.sdp > 1 and sharded.level == "parameters",
-        prefetch=sharded.prefetch,
-        device=groups.device,
-    )
+    if not spec.dropout.any:
+        return training, training
+    return training, _parts(plan, model, unit_of, groups, feed, training=False)
 
 
 def _parts(

@@ -1,15 +1,23 @@
-"""The one Transformer as an ordinary Keras model on one device, without a plan."""
+"""Models as ordinary Keras models on one device, without a plan: the one Transformer, or what a run has trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import keras
+
 from mpsdk.backend import WEIGHT, TensorSource
+from mpsdk.checkpoint import Checkpoint
+from mpsdk.errors import CheckpointError
+from mpsdk.factory import Factory
 from mpsdk.families import TransformerSpec, read_model
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.hf import HuggingFaceSource
 from mpsdk.initialise import RandomSource
+from mpsdk.plan import Plan
+from mpsdk.resume import check_fits
+from mpsdk_tf.keras_model import make, shape_of
 from mpsdk_tf.transformer import Transformer, named_parameters
 
 
@@ -39,6 +47,32 @@ def from_pretrained(directory: str | Path) -> Transformer:
     read = read_model(directory)
     assert read.directory is not None
     return _filled(read.spec, HuggingFaceSource(read.directory, read.family, read.spec))
+
+
+def from_checkpoint(path: str | Path) -> keras.Model:
+    """The model of a run, with the weights of one of its checkpoints: what its factory makes, or its family's Transformer.
+
+    Raises:
+        ConfigError: the factory can't be imported, or fails.
+        CheckpointError: the checkpoint is damaged, or of another model than the factory makes now.
+    """
+    checkpoint = Checkpoint.open(path)
+    plan = Plan.model_validate(checkpoint.plan)
+    description = plan.description
+    if description.spec is not None:
+        return _filled(description.spec, checkpoint)
+    if description.factory is None:
+        raise CheckpointError(f"checkpoint {path} doesn't say how its model is made")
+    factory = Factory(description.factory, "", plan.training.sequence_length)
+    made = make(
+        factory, seed=plan.training.seed, precision=plan.distribution.precision, device="/device:CPU:0"
+    )
+    check_fits(checkpoint, plan.model_copy(update={"description": made.description()}))
+    for weight in made.model.weights:
+        shape = shape_of(weight)
+        values = checkpoint.read(made.names[id(weight)], WEIGHT, (0,) * len(shape), shape)
+        weight.assign(values.reshape(weight.shape))
+    return made.model
 
 
 def _filled(spec: TransformerSpec, source: TensorSource) -> Transformer:

@@ -57,6 +57,7 @@ class Stage:
     """Args:
     parts: for training, in the order of the forward.
     quiet: the same without dropout, for evaluation.
+    takes, gives: what travels from the stage before, and to the stage after; None where there is none.
     lets_go: whether weights are gathered for each part and let go after it; else they are whole for all of a step.
     prefetch: how many parts ahead weights are gathered.
     device: that this rank works on.
@@ -68,11 +69,14 @@ class Stage:
         quiet: Sequence[Part],
         units: Sequence[Unit],
         *,
+        takes: tf.TensorSpec | None,
+        gives: tf.TensorSpec | None,
         lets_go: bool,
         prefetch: int,
         device: str,
     ) -> None:
         self.parts, self.quiet, self.units = parts, quiet, units
+        self.takes, self.gives = takes, gives
         self._lets_go, self._prefetch, self._device = lets_go, prefetch, device
         self._held: dict[int, Whole] = {}
 
@@ -93,7 +97,7 @@ class Stage:
                 saved.move_input(self._device.replace("GPU", "CPU"))
             flight.saved.append(saved)
             flight.left[part.unit] += part.piece.backwards
-            if self._lets_go and not part.stays:
+            if self._lets_go and not part.stays and not _used_later(self.parts, number):
                 whole.pop(part.unit)
         return hidden, flight
 
@@ -102,7 +106,7 @@ class Stage:
         for number, part in enumerate(self.quiet):
             self._gather(self.quiet[number : number + 1 + self._prefetch], whole, after=hidden)
             hidden, _ = part.piece.forward(part.of(whole[part.unit]), hidden, part.extras(microbatch))
-            if self._lets_go and part.unit not in {later.unit for later in self.quiet[number + 1 :]}:
+            if self._lets_go and not _used_later(self.quiet, number):
                 whole.pop(part.unit)
         return hidden
 
@@ -149,3 +153,8 @@ class Stage:
         flight.left[part.unit] -= 1
         if flight.left[part.unit] == 0:
             complete(part.unit, flight.gradients.pop(part.unit))
+
+
+def _used_later(parts: Sequence[Part], number: int) -> bool:
+    """Whether a part after part `number` computes with the same weights."""
+    return parts[number].unit in {later.unit for later in parts[number + 1 :]}

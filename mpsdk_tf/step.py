@@ -20,7 +20,6 @@ from mpsdk_tf.dropout import Moment
 from mpsdk_tf.executor import Executor
 from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parallelize import Feed
-from mpsdk_tf.precision import COMPUTE_DTYPES
 from mpsdk_tf.profile import scope
 from mpsdk_tf.sharded import ShardedReduction
 from mpsdk_tf.stage import Stage
@@ -33,6 +32,9 @@ class Trainer:
 
     The loss is the sum of token losses over the count of valid tokens in the global batch, known before the first
     backward, so that every layout gives the gradient that one process would.
+
+    Args:
+        digest: of a user's own model, to be the same on all ranks.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Trainer:
         stages: Mapping[int, Stage],
         optimizer: ShardedOptimizer,
         feed: Feed,
+        *,
+        digest: str = "",
     ) -> None:
         self.plan, self.place, self.groups, self.stages, self.optimizer = (
             plan,
@@ -51,14 +55,13 @@ class Trainer:
             stages,
             optimizer,
         )
-        self._feed = feed
+        self._feed, self._digest = feed, digest
         self._step = 0
         self._reduction = ShardedReduction({number: stage.units for number, stage in stages.items()}, plan)
         self._executor = Executor(
             stages,
             stage_rank=plan.schedule.stage_rank,
             links=groups.links,
-            hidden=self._hidden,
             reduction=self._reduction,
             note=self._note,
         )
@@ -207,15 +210,6 @@ class Trainer:
         self._feed.moment = moment
         return lambda microbatch: ids[microbatch]
 
-    @property
-    def _hidden(self) -> tf.TensorSpec:
-        """What travels between stages."""
-        plan, tensor = self.plan, self.groups.tensor
-        assert plan.description.spec is not None
-        length = plan.training.sequence_length // (tensor.size if tensor.sequence_parallel else 1)
-        shape = (plan.microbatch_size, length, plan.description.spec.hidden_size)
-        return tf.TensorSpec(shape, COMPUTE_DTYPES[plan.distribution.precision.mode])
-
     def _note(self, activity: str) -> None:
         self.place.note(f"step {self._step}: {activity}")
 
@@ -234,7 +228,7 @@ class Trainer:
                 )
         if not self._agreed:
             self._note("agreeing on the programs with the other ranks")
-            agree(self.plan, self.place, self.groups)
+            agree(self.plan, self.place, self.groups, self._digest)
             self._agreed = True
         with tf.device(self.groups.device):
             return [

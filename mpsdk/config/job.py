@@ -62,7 +62,7 @@ class Job(Document):
     ) = Field(
         default=None,
         description="A Hugging Face model: its directory, its name on the hub, or the fields of its `config.json` with "
-        "`model_type` (initial weights, no tokenizer). A callable that makes a model is refused so far.",
+        "`model_type` (initial weights, no tokenizer); or a callable that makes a Keras model, on TensorFlow.",
     )
     entry_point: PathText | None = Field(
         default=None, description="A training script of your own, instead of `model`. Refused so far."
