@@ -84,7 +84,10 @@ def test_a_checkpoint_of_one_framework_resumes_in_the_other_at_sdp2(
 
 
 def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
-    """Step, data position and every tensor's weight and moments."""
+    """Step, data position, and the weight and moments of every tensor that has a gradient.
+
+    A key's bias has none, by symmetry, and what AdamW makes of its rounding errors is nobody's.
+    """
     assert actual.step == expected.step == TRAINING["steps"]
     assert (
         actual.samples_consumed == expected.samples_consumed == TRAINING["steps"] * TRAINING["global_batch"]
@@ -94,9 +97,11 @@ def assert_same_state(actual: Checkpoint, expected: Checkpoint) -> None:
     for slot in expected.slots:
         assert actual.shapes(slot) == expected.shapes(slot)
         for name, shape in expected.shapes(slot).items():
+            if name.endswith("attention.key.bias"):
+                continue
             values, wanted = (each.read(name, slot, (0,) * len(shape), shape) for each in (actual, expected))
             difference = np.abs(values - wanted).max()
-            assert difference <= BOUND * np.abs(wanted).max() + 1e-9, f"{slot} of {name}: off by {difference}"
+            assert difference <= BOUND * np.abs(wanted).max(), f"{slot} of {name}: off by {difference}"
 
 
 def test_the_export_of_a_tensorflow_run_has_its_validation_loss_in_transformers(
