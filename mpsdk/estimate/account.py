@@ -220,12 +220,20 @@ class Account:
         PyTorch's checkpoint without reentrance stops at the last tensor that a backward needs; dropout after the down
         projection needs its mask.
         """
+        if self._cuts:
+            return True
         spec = self.plan.description.spec
         dropped = spec is not None and spec.dropout.residual > 0
-        return self.framework.stops_recompute_early and not self.recompute.offload and not dropped
+        early = self.framework.recomputes == "until the last kept"
+        return early and not self.recompute.offload and not dropped
 
     @property
     def stops_before_product(self) -> bool:
         """Whether it stops before that projection's product, not after it: a linear layer that can put off its weight
-        gradient is one operation to the framework, which keeps its input when all of it is done."""
-        return self.stops_early and not self.plan.schedule.splits_backward
+        gradient is one operation to PyTorch, which keeps its input when all of it is done."""
+        return self._cuts or (self.stops_early and not self.plan.schedule.splits_backward)
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether a block computes again only what its backward reads."""
+        return self.framework.recomputes == "what is read"

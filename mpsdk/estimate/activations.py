@@ -14,21 +14,30 @@ from mpsdk.families.spec import TransformerSpec
 
 Kept = dict[str, int]
 
+SEED = 16  # bytes of the seed of one mask
+
 
 def embedding_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What the embedding keeps. The ids themselves belong to the batch."""
     kept: Kept = {}
-    if sizes.tensor_parallel > 1:  # ids shifted into this rank's rows, and which of them lie outside
+    if (
+        sizes.tensor_parallel > 1 and kernels.keeps_masks
+    ):  # ids shifted into this rank's rows, and which of them lie outside
         kept["embedding.indices"] = sizes.tokens * INDEX
         kept["embedding.outside"] = sizes.tokens
     if spec.dropout.embedding:
-        kept["embedding.dropout"] = _dropout(sizes, kernels)
+        kept |= (
+            {"embedding.dropout": _dropout(sizes, kernels)}
+            if kernels.keeps_masks
+            else {"embedding.seeds": SEED}
+        )
     return kept
 
 
 def block_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What one block keeps when nothing in it is computed again."""
-    dropout = {".dropout": _dropout(sizes, kernels)} if spec.dropout.residual else {}
+    masks = spec.dropout.residual and kernels.keeps_masks
+    dropout = {".dropout": _dropout(sizes, kernels)} if masks else {}
     return {
         **_norm("input", spec, sizes, kernels),
         "attention.input": sizes.whole_hidden,
@@ -38,13 +47,15 @@ def block_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
         "feed_forward.input": sizes.whole_hidden,
         **_feed_forward(spec, sizes),
         **{f"feed_forward{name}": size for name, size in dropout.items()},
+        **_seeds(spec, kernels),
     }
 
 
 def head_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What the head and the loss keep; logits themselves are dropped as soon as the loss has read them."""
     kept = {**_norm("output", spec, sizes, kernels), "head.input": sizes.whole_hidden}
-    kept["loss.exponentials"] = sizes.tokens * sizes.vocabulary * FP32
+    rows = sizes.vocabulary if kernels.keeps_padding else min(sizes.vocabulary, spec.vocab_size)
+    kept["loss.exponentials"] = sizes.tokens * rows * FP32
     kept["loss.factors"] = sizes.tokens * FP32
     return kept
 
@@ -55,7 +66,7 @@ def recompute_kept(
     """What one block keeps under `recompute`: its input and, if selective, the results of the chosen operations."""
     if recompute.mode == "none":
         return block_kept(spec, sizes, kernels)
-    kept = {"input": sizes.hidden}
+    kept = {"input": sizes.hidden, **_seeds(spec, kernels)}
     if recompute.mode == "selective":
         if "attention" in recompute.keep:
             kept |= _attention_results(spec, sizes, kernels)
@@ -101,10 +112,10 @@ def block_workspace(
     feed_forward = max(inner + weight, 2 * inner if spec.gated else 0)
     # By the time of attention's backward, what the feed-forward part kept is gone.
     freed = sum(size for name, size in whole.items() if name.startswith(("feed_forward.", "middle")))
-    if _attention_kernel(spec, sizes, kernels) == "math":
-        attention = 2 * _token_pairs(sizes) * FP32
-    else:
+    if _attention_kernel(spec, sizes, kernels) == "fused":
         attention = 2 * sizes.tokens * (sizes.queries + sizes.pairs) * sizes.compute
+    else:
+        attention = 2 * _token_pairs(sizes) * FP32
     residual = sizes.hidden + (sizes.whole_hidden if sizes.sequence_parallel else 0)
     return again + residual + max(feed_forward, attention - freed)
 
@@ -137,15 +148,16 @@ def _norm(hidden: str, spec: TransformerSpec, sizes: Sizes, kernels: Kernels) ->
 def _attention(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     queries, pairs = sizes.tokens * sizes.queries, sizes.tokens * sizes.pairs
     mixed = {"attention.mixed": queries * sizes.compute}
-    if _attention_kernel(spec, sizes, kernels) == "fused":
+    weights, kernel = _token_pairs(sizes), _attention_kernel(spec, sizes, kernels)
+    if kernel != "math":
+        statistics = {"attention.logsumexp": _logsumexp(sizes, kernels)}
         return {
             "attention.query": queries * sizes.compute,
             "attention.key": pairs * sizes.compute,
             "attention.value": pairs * sizes.compute,
-            "attention.logsumexp": _logsumexp(sizes, kernels),
+            **(statistics if kernel == "fused" else {"attention.weights": weights * sizes.compute}),
             **mixed,
         }
-    weights = _token_pairs(sizes)
     kept = {  # in fp32, keys and values repeated for every query head
         "attention.query": queries * FP32,
         "attention.key": queries * FP32,
@@ -170,12 +182,13 @@ def _feed_forward(spec: TransformerSpec, sizes: Sizes) -> Kept:
 
 
 def _attention_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
-    if _attention_kernel(spec, sizes, kernels) == "math":
+    kernel = _attention_kernel(spec, sizes, kernels)
+    if kernel == "math":
         return {}  # no attention operation runs that could be kept, only its parts
-    return {
-        "attention.mixed": sizes.tokens * sizes.queries * sizes.compute,
-        "attention.logsumexp": _logsumexp(sizes, kernels),
-    }
+    mixed = sizes.tokens * sizes.queries * sizes.compute
+    if kernel == "weights":
+        return {"attention.result": mixed}  # the same as mixed, in another order
+    return {"attention.mixed": mixed, "attention.logsumexp": _logsumexp(sizes, kernels)}
 
 
 def _matmul_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
@@ -184,20 +197,21 @@ def _matmul_results(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Ke
     inner = sizes.tokens * sizes.features * sizes.compute
     results: Kept = {"query": queries, "key": pairs, "value": pairs}
     # What attention itself keeps is the same buffer, unless it was turned by its position or cast on the way.
-    math = _attention_kernel(spec, sizes, kernels) == "math"
-    apart = (
-        {"query", "key", "value"} if math else {"query", "key"} if spec.positions == "rotary" else set[str]()
-    )
+    kernel = _attention_kernel(spec, sizes, kernels)
+    apart = {"query", "key"} if spec.positions == "rotary" else set[str]()
+    if kernel != "fused":
+        apart = {"query", "key", "value"}
     results = {
         f"attention.{'projected_' if name in apart else ''}{name}": size for name, size in results.items()
     }
-    if math:
+    if kernel == "math":
         results["attention.scores"] = _token_pairs(sizes) * FP32
         results["attention.mixed_fp32"] = sizes.tokens * sizes.queries * FP32
     results["attention.output"] = sizes.whole_hidden
     if spec.gated:
         results["feed_forward.gate"] = inner
-    return results | {"feed_forward.up": inner, "feed_forward.down": sizes.whole_hidden}
+    results["feed_forward.up"] = inner
+    return results | ({"feed_forward.down": sizes.whole_hidden} if kernels.keeps_unread else {})
 
 
 def _attention_kernel(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Attention:
@@ -212,6 +226,12 @@ def _logsumexp(sizes: Sizes, kernels: Kernels) -> int:
     multiple = kernels.statistics_rows if sizes.compute == FP32 else 1
     rows = -(-sizes.length // multiple) * multiple
     return sizes.microbatch_size * sizes.heads * rows * FP32
+
+
+def _seeds(spec: TransformerSpec, kernels: Kernels) -> Kept:
+    """What a block's masks are made again from."""
+    made_again = (spec.dropout.attention or spec.dropout.residual) and not kernels.keeps_masks
+    return {"seeds": 3 * SEED} if made_again else {}
 
 
 def _dropout(sizes: Sizes, kernels: Kernels) -> int:

@@ -71,8 +71,10 @@ def _again(account: Account, linear: float, attention: float, *, blocks: int) ->
         return 0.0, 0.0
     kept = recompute.keep if recompute.mode == "selective" else ()
     fused = account.attention == "fused"
+    if "attention" in kept and account.attention == "weights":
+        attention /= 2  # the weights, of two products the first
     # Attention that is no operation of its own is made of matrix products.
-    if ("attention" in kept and fused) or ("matmul" in kept and not fused):
+    if ("attention" in kept and fused) or ("matmul" in kept and account.attention == "math"):
         attention = 0.0
     if "matmul" in kept:
         linear = 0.0

@@ -14,7 +14,8 @@ from mpsdk.families.spec import TransformerSpec
 
 Device = Literal["gpu", "cpu"]
 Level = Literal["parameters", "gradients", "optimizer"]
-Attention = Literal["fused", "math"]
+Attention = Literal["fused", "math", "weights"]
+Recompute = Literal["all of it", "until the last kept", "what is read"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ ZERO: dict[Level, Sharding] = {
     "gradients": Sharding(shares_parameters=False, gathers="stage", shares_gradients=True),
     "optimizer": Sharding(shares_parameters=False, gathers="stage", shares_gradients=False),
 }
-# FSDP2 keeps fp32 weights as shares between steps at every level, and gathers copies of them for a step.
+# FSDP2 keeps fp32 weights as shares between steps at every level, and gathers copies of them for a step; so does mpsdk_tf.
 FSDP2: dict[Level, Sharding] = {
     "parameters": Sharding(shares_parameters=True, gathers="block", shares_gradients=True),
     "gradients": Sharding(shares_parameters=True, gathers="stage", shares_gradients=True),
@@ -50,9 +51,13 @@ class Kernels:
 
     `fused_rms_norm`: False is a composition that keeps its input and the normalised input in fp32. `fused_dropout`: keeps
     a mask of one byte an element; False keeps the scaled mask in the compute dtype. `fp32_statistics`: of layer norm;
-    False has them in the compute dtype. `attention_dropout`: whether fused attention can drop. `grouped_fp32_attention`:
-    whether fused attention does grouped queries in fp32. `statistics_rows`: rows to which the fused attention kernel for
-    fp32 pads its logsumexp.
+    False has them in the compute dtype. `fused_attention`: False is one operation that keeps the weights of every pair of
+    tokens, in the compute dtype and before any is dropped. `attention_dropout`: whether fused attention can drop.
+    `grouped_fp32_attention`: whether fused attention does grouped queries in fp32. `statistics_rows`: rows to which the
+    fused attention kernel for fp32 pads its logsumexp. `keeps_masks`: of dropout, and of token ids that another rank
+    looks up; False makes them again, from seeds that are kept, and from the ids. `keeps_unread`: selective recompute keeps
+    results of the chosen operations that no backward reads, too. `keeps_padding`: so does the loss with padding rows of the
+    vocabulary.
     """
 
     fused_rms_norm: bool
@@ -61,9 +66,18 @@ class Kernels:
     attention_dropout: bool
     grouped_fp32_attention: bool
     statistics_rows: int
+    fused_attention: bool = True
+    keeps_masks: bool = True
+    keeps_unread: bool = True
+    keeps_padding: bool = True
 
     def attention(self, *, fp32: bool, grouped: bool, dropout: bool) -> Attention:
-        """Which attention runs: fused keeps what enters and leaves it, math also the weights of every pair of tokens."""
+        """Which attention runs: fused keeps what enters and leaves it, the others also the weights of every pair of tokens.
+
+        Math is made of its parts, each of them an operation to the framework, in fp32.
+        """
+        if not self.fused_attention:
+            return "weights"
         if dropout and not self.attention_dropout:
             return "math"
         return "math" if grouped and fp32 and not self.grouped_fp32_attention else "fused"
@@ -80,13 +94,15 @@ class Framework:
     """A framework's mechanisms.
 
     `prefetches_by_past_order`: whether a unit's backward, unless told otherwise, gathers the unit whose forward came before
-    its own (FSDP2's default). `stops_recompute_early`: whether computing a block again stops at the last tensor that its
-    backward needs (PyTorch's checkpoint without reentrance).
+    its own (FSDP2's default). `recomputes`: of a block whose operations are computed again; up to the last tensor that its
+    forward kept (PyTorch's checkpoint without reentrance), or only what its backward reads. `index_bytes`: of a token id or
+    label on the device.
     """
 
     sharding: dict[Level, Sharding]
     prefetches_by_past_order: bool
-    stops_recompute_early: bool
+    recomputes: Recompute
+    index_bytes: int
     kernels: dict[Device, Kernels]
 
 
@@ -111,19 +127,41 @@ TORCH_KERNELS: dict[Device, Kernels] = {
         statistics_rows=1,
     ),
 }
+# The gradients of mpsdk_tf/nn, which say themselves what they keep, on every device: tests/tf/test_estimate.py.
+TENSORFLOW_KERNELS = Kernels(
+    fused_rms_norm=True,
+    fused_dropout=False,
+    fp32_statistics=True,
+    attention_dropout=True,
+    grouped_fp32_attention=True,
+    statistics_rows=1,
+    fused_attention=False,
+    keeps_masks=False,
+    keeps_unread=False,
+    keeps_padding=False,
+)
 
 FRAMEWORKS = {
     "torch": Framework(
         FSDP2,
         prefetches_by_past_order=True,
-        stops_recompute_early=True,
+        recomputes="until the last kept",
+        index_bytes=8,
         kernels=TORCH_KERNELS,
-    )
+    ),
+    "tensorflow": Framework(
+        FSDP2,
+        prefetches_by_past_order=False,
+        recomputes="what is read",
+        index_bytes=4,
+        kernels={"gpu": TENSORFLOW_KERNELS, "cpu": TENSORFLOW_KERNELS},
+    ),
 }
 OTHERS = Framework(
     ZERO,
     prefetches_by_past_order=False,
-    stops_recompute_early=False,
+    recomputes="all of it",
+    index_bytes=8,
     kernels=TORCH_KERNELS,
 )
 

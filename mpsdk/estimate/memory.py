@@ -16,7 +16,7 @@ from mpsdk.estimate.activations import (
     loss_workspace,
     recompute_kept,
 )
-from mpsdk.estimate.sizes import FP32, INDEX, Sizes
+from mpsdk.estimate.sizes import FP32, Sizes
 from mpsdk.estimate.states import ShareClass, moments
 
 # What bytes are for.
@@ -108,7 +108,7 @@ def _state(account: Account, share: ShareClass) -> Bytes:
     return {
         PARAMETERS: FP32 * (share.elements if account.sharding.shares_parameters else account.whole),
         OPTIMIZER: FP32 * optimizer,
-        INPUTS: 2 * ids * INDEX + len(account.stages) * turns,
+        INPUTS: 2 * ids * account.framework.index_bytes + len(account.stages) * turns,
     }
 
 

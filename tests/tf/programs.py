@@ -15,9 +15,7 @@ import tensorflow as tf
 from mpsdk.backend import Place
 from mpsdk.plan import Plan
 from mpsdk_tf.backend import TensorFlowBackend
-from mpsdk_tf.topology import Groups
-
-Sent = Counter[tuple[str, tuple[int, ...], int]]  # collective, ranks, bytes of the payload
+from tests.estimated import Sent
 
 # The call that a reduce-scatter is on a CPU, an all-to-all of the whole payload, is used for nothing else.
 COLLECTIVES = {
@@ -55,9 +53,9 @@ def trace_step(backend: TensorFlowBackend) -> Any:
 
 def count(backend: TensorFlowBackend, plan: Plan) -> tuple[Program, Program]:
     """The programs of a step and of its report."""
-    groups, trainer = backend._ready.groups, backend._ready.trainer
-    step, report = trace_step(backend), _trace(backend, trainer._report_program)
-    return _count(step.graph, groups, plan.training.accumulation), _count(report.graph, groups, 1)
+    step, report = trace_step(backend), _trace(backend, backend._ready.trainer._report_program)
+    members = _members(backend, plan)
+    return _count(step.graph, members, plan.training.accumulation), _count(report.graph, members, 1)
 
 
 def _trace(backend: TensorFlowBackend, program: Any) -> Any:
@@ -65,16 +63,15 @@ def _trace(backend: TensorFlowBackend, program: Any) -> Any:
         return program.get_concrete_function()
 
 
-def _count(graph: Any, groups: Groups, passes: int) -> Program:
-    ranks = {group.key: group.ranks for group in _groups(groups)}
+def _count(graph: Any, members: dict[int, tuple[int, ...]], passes: int) -> Program:
     sent: Sent = Counter()
     flops = 0
     for operation, times in _operations(graph, passes):
         if operation.type in COLLECTIVES:
             payload, size, key = operation.inputs[:3]
-            members = ranks[int(tf.get_static_value(key))]
-            assert int(tf.get_static_value(size)) == len(members)
-            sent[COLLECTIVES[operation.type], members, _bytes(payload)] += times
+            name, ranks = COLLECTIVES[operation.type], members[int(tf.get_static_value(key))]
+            assert int(tf.get_static_value(size)) == (2 if name == "send" else len(ranks))
+            sent[name, ranks, _bytes(payload)] += times
         elif operation.type.startswith("Collective"):
             assert operation.type == "CollectiveBcastRecvV2", f"{operation.type} is not counted"
         elif operation.type == "MatMul":
@@ -110,11 +107,15 @@ def _called(operation: Any) -> list[str]:
     return []
 
 
-def _groups(groups: Groups) -> Iterator[Any]:
+def _members(backend: TensorFlowBackend, plan: Plan) -> dict[int, tuple[int, ...]]:
+    """The ranks of every group by its key; of a link between two stages, those of its whole pipeline."""
+    groups, trainer = backend._ready.groups, backend._ready.trainer
     found = (groups.tensor.handle, groups.data, groups.shards, groups.replicas, groups.model, groups.tied)
-    yield from (group for group in (*found, groups.world) if group is not None)
+    members = {group.key: group.ranks for group in (*found, groups.world) if group is not None}
     if groups.links is not None:
-        yield from groups.links._links.values()
+        line = plan.topology.group(trainer.place.rank, ("pp",))
+        members |= {link.key: line for link in groups.links._links.values()}
+    return members
 
 
 def _bytes(tensor: tf.Tensor) -> int:

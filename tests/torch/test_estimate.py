@@ -12,52 +12,28 @@ from mpsdk.estimate import estimate
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
 from tests.cases import global_batch, rows_of
+from tests.estimated import (
+    BF16,
+    FULL,
+    GRADIENTS,
+    INTERLEAVED,
+    KEPT,
+    KEPT_LAYOUTS,
+    MODES,
+    OPTIMIZER,
+    PP2,
+    SDP2,
+    SEVERAL,
+    STATES,
+    TP2,
+    TP2_WHOLE,
+    ZB_H1,
+    ZB_V,
+)
 from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
 
 SCALARS = 256  # bytes: losses, counts, loss scales
-
-SEVERAL: dict[str, Any] = {"pipeline": {"microbatches": 2}}
-TP2 = SEVERAL | {"tensor_parallel": 2}
-TP2_WHOLE = SEVERAL | {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}
-PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}}
-PP3: dict[str, Any] = {"pipeline": {"degree": 3, "microbatches": 4, "partition": [1, 2, 1]}}
-INTERLEAVED: dict[str, Any] = {
-    "pipeline": {"degree": 2, "microbatches": 4, "schedule": "interleaved", "virtual_stages": 2}
-}
-ZB_H1: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-h1"}}
-ZB_V: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-v", "virtual_stages": 2}}
-SDP2 = SEVERAL | {"sharded_data_parallel": 2}
-SDP3 = SEVERAL | {"sharded_data_parallel": 3}
-GRADIENTS = SEVERAL | {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}
-OPTIMIZER = SEVERAL | {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}
-BF16 = {"precision": "bf16"}
-MODES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "full": {"activation_checkpointing": "full"},
-    "offload": {"activation_checkpointing": {"mode": "full", "offload": True}},
-    "attention": {"activation_checkpointing": {"mode": "selective", "keep": ["attention"]}},
-    "matmul": {"activation_checkpointing": {"mode": "selective", "keep": ["matmul"]}},
-    "both": {"activation_checkpointing": {"mode": "selective", "keep": ["attention", "matmul"]}},
-}
-FULL = MODES["full"]
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "single": (1, SEVERAL),
-    "tp2": (2, TP2),
-    "tp2-whole-sequence": (2, TP2_WHOLE),
-    "pp3": (3, PP3),
-}
-FEW_MODES = ("none", "full", "both")
-KEPT = [
-    *(("gpt2", layout, mode, {}) for layout in LAYOUTS for mode in MODES),
-    *(("llama", layout, mode, {}) for layout in LAYOUTS for mode in FEW_MODES),
-    *(
-        (family, layout, mode, BF16)
-        for family in ("gpt2", "llama")
-        for layout in ("single", "tp2")
-        for mode in FEW_MODES
-    ),
-]
 
 
 def kept_bytes(place: Place, plan: Plan) -> int:
@@ -116,7 +92,7 @@ def assert_kept(pool: WorkerPool, plan: Plan) -> None:
 def test_activations_of_a_microbatch(
     pool: WorkerPool, family: str, layout: str, mode: str, precision: dict[str, Any]
 ) -> None:
-    world_size, distribution = LAYOUTS[layout]
+    world_size, distribution = KEPT_LAYOUTS[layout]
     assert_kept(pool, make_plan(family, world_size, distribution | MODES[mode] | precision))
 
 
@@ -126,7 +102,7 @@ def test_activations_of_a_microbatch(
 def test_activations_of_a_microbatch_with_dropout(
     pool: WorkerPool, family: str, layout: str, mode: str, precision: dict[str, Any]
 ) -> None:
-    world_size, distribution = LAYOUTS[layout]
+    world_size, distribution = KEPT_LAYOUTS[layout]
     assert_kept(pool, make_plan(family, world_size, distribution | MODES[mode] | precision, dropout=0.1))
 
 
@@ -160,22 +136,6 @@ def held(place: Place, plan: Plan) -> dict[str, int]:
         return found
     finally:
         backend.close()
-
-
-SGD = {"optimizer": "sgd", "momentum": 0.9}
-STATES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
-    "single": ("gpt2", 1, SEVERAL, {}),
-    "dp2": ("gpt2", 2, SEVERAL, {}),
-    "sdp3-uneven": ("gpt2", 3, SDP3, {"global_batch": 12}),
-    "sdp3-uneven-bf16": ("llama", 3, SDP3 | BF16, {"global_batch": 12}),
-    "sdp2-gradients": ("llama", 2, GRADIENTS, SGD),
-    "sdp2-optimizer": ("gpt2", 2, OPTIMIZER | BF16, {}),
-    "tp2": ("llama", 2, TP2, {}),
-    "pp3": ("gpt2", 3, PP3, {}),
-    "interleaved": ("llama", 2, INTERLEAVED, {}),
-    "zb-v": ("gpt2", 2, ZB_V, {}),
-    "pp2-sdp2-tp2": ("gpt2", 8, PP2 | {"sharded_data_parallel": 2, "tensor_parallel": 2}, SGD),
-}
 
 
 @pytest.mark.parametrize("case", STATES)
@@ -227,14 +187,14 @@ STEPS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "interleaved": ("llama", 2, INTERLEAVED, {}),
     "zb-h1": ("gpt2", 2, ZB_H1, {}),
     "zb-v-full": ("llama", 2, ZB_V | FULL, {}),
-    "sdp2": ("llama", 2, SDP2, {}),
-    "sdp2-words": ("gpt2", 2, SDP2 | BF16, WORDS),
-    "sdp2-full-words": ("llama", 2, SDP2 | FULL | BF16, UNTIED),
-    "sdp2-full-wide": ("gpt2", 2, SDP2 | FULL, WIDE),
+    "sdp2": ("llama", 2, SEVERAL | SDP2, {}),
+    "sdp2-words": ("gpt2", 2, SEVERAL | SDP2 | BF16, WORDS),
+    "sdp2-full-words": ("llama", 2, SEVERAL | SDP2 | FULL | BF16, UNTIED),
+    "sdp2-full-wide": ("gpt2", 2, SEVERAL | SDP2 | FULL, WIDE),
     "sdp2-one-backward": ("gpt2", 2, {"sharded_data_parallel": 2}, {"accumulation": 1}),
-    "sdp2-gradients": ("llama", 2, GRADIENTS | BF16, {}),
-    "sdp2-optimizer": ("llama", 2, OPTIMIZER | BF16, {}),
-    "dp2-sdp2": ("llama", 4, GRADIENTS, {}),
+    "sdp2-gradients": ("llama", 2, SEVERAL | GRADIENTS | BF16, {}),
+    "sdp2-optimizer": ("llama", 2, SEVERAL | OPTIMIZER | BF16, {}),
+    "dp2-sdp2": ("llama", 4, SEVERAL | GRADIENTS, {}),
 }
 
 

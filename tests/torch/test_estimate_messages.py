@@ -17,12 +17,10 @@ from mpsdk.backend import Place
 from mpsdk.estimate import estimate
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
-from mpsdk.topology import AXES
 from tests.cases import global_batch, rows_of
+from tests.estimated import MESSAGES, SDP2, ZB_V, Sent, expected_messages
 from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
-
-Sent = Counter[tuple[str, tuple[int, ...], int]]  # collective, ranks, bytes of the payload
 
 # What torch.distributed's calls become, and which of their tensors is the payload: the last is what goes in.
 COLLECTIVES = {
@@ -90,87 +88,14 @@ def record(place: Place, plan: Plan) -> tuple[Sent, Sent, int]:
         backend.close()
 
 
-def expected(plan: Plan, rank: int, every: str) -> Sent:
-    """The messages that the estimate says `rank` sends."""
-    sent: Sent = Counter()
-    place = plan.topology.coordinates(rank)
-    for message in estimate(plan, device="cpu").messages_of(rank).messages:
-        if message.every != every:
-            continue
-        group = plan.topology.group(rank, message.axes)
-        if message.purpose == "gradients of tied tensors":
-            group = plan.tied_group(rank) or ()
-        assert len(group) == message.ranks or message.collective == "send", (place, AXES, message)
-        sent[message.collective, group, message.bytes] += message.count
-    return sent
-
-
-SEVERAL: dict[str, Any] = {"pipeline": {"microbatches": 2}}
-TP2 = SEVERAL | {"tensor_parallel": 2}
-TP2_WHOLE = SEVERAL | {"tensor_parallel": {"degree": 2, "sequence_parallel": False}}
-PP2: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4}}
-PP3: dict[str, Any] = {"pipeline": {"degree": 3, "microbatches": 4, "partition": [1, 2, 1]}}
-INTERLEAVED: dict[str, Any] = {
-    "pipeline": {"degree": 2, "microbatches": 4, "schedule": "interleaved", "virtual_stages": 2}
-}
-ZB_H1: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-h1"}}
-ZB_V: dict[str, Any] = {"pipeline": {"degree": 2, "microbatches": 4, "schedule": "zb-v", "virtual_stages": 2}}
-SDP2 = {"sharded_data_parallel": 2}
-SDP3 = {"sharded_data_parallel": 3}
-GRADIENTS = {"sharded_data_parallel": {"degree": 2, "level": "gradients"}}
-OPTIMIZER = {"sharded_data_parallel": {"degree": 2, "level": "optimizer"}}
-BF16 = {"precision": "bf16"}
-FULL = {"activation_checkpointing": "full"}
-OFFLOAD = {"activation_checkpointing": {"mode": "full", "offload": True}}
-ATTENTION = {"activation_checkpointing": {"mode": "selective", "keep": ["attention"]}}
-BOTH = {"activation_checkpointing": {"mode": "selective", "keep": ["attention", "matmul"]}}
-UNTIED = {"model": {"tie_word_embeddings": False}}
-DROPOUT = {"dropout": 0.1}
-ONE_BACKWARD = {"accumulation": 1}
-
-# name: family, ranks, distribution, training and model
-CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
-    "single": ("gpt2", 1, SEVERAL, {}),
-    "single-full": ("llama", 1, SEVERAL | FULL | BF16, {}),
-    "single-attention": ("gpt2", 1, SEVERAL | ATTENTION, {}),
-    "dp2": ("gpt2", 2, SEVERAL, {}),
-    "dp2-bf16": ("llama", 2, SEVERAL | BF16, {}),
-    "sdp2": ("gpt2", 2, SEVERAL | SDP2, {}),
-    "sdp2-untied": ("llama", 2, SEVERAL | SDP2, UNTIED),
-    "sdp2-untied-one-backward": ("llama", 2, SDP2, UNTIED | ONE_BACKWARD),
-    "sdp3-uneven": ("gpt2", 3, SDP3 | BF16, {"global_batch": 24}),
-    "sdp2-gradients": ("llama", 2, SEVERAL | GRADIENTS | BF16, {}),
-    "sdp2-optimizer": ("gpt2", 2, SEVERAL | OPTIMIZER, {}),
-    "dp2-sdp2": ("gpt2", 4, SEVERAL | SDP2, {}),
-    "dp2-sdp2-gradients": ("llama", 4, SEVERAL | GRADIENTS, {}),
-    "tp2": ("gpt2", 2, TP2, {}),
-    "tp2-whole-sequence": ("llama", 2, TP2_WHOLE, {}),
-    "tp2-full": ("gpt2", 2, TP2 | FULL, {}),
-    "tp2-full-dropout": ("gpt2", 2, TP2 | FULL, DROPOUT),
-    "tp2-offload": ("llama", 2, TP2 | OFFLOAD, {}),
-    "tp2-both": ("llama", 2, TP2 | BOTH, {}),
-    "tp2-whole-sequence-full": ("gpt2", 2, TP2_WHOLE | FULL, {}),
-    "pp2": ("gpt2", 2, PP2, {}),
-    "pp3": ("llama", 3, PP3 | BF16, {}),
-    "interleaved": ("gpt2", 2, INTERLEAVED | FULL, {}),
-    "zb-h1-full": ("llama", 2, ZB_H1 | FULL, UNTIED),
-    "zb-v-tp2": ("gpt2", 4, ZB_V | {"tensor_parallel": 2}, {}),
-    "pp2-sdp2": ("gpt2", 4, PP2 | SDP2, {}),
-    "pp2-sdp2-one-pass": ("llama", 4, PP2 | SDP2, ONE_BACKWARD),
-    "interleaved-sdp2": ("llama", 4, INTERLEAVED | SDP2, UNTIED),
-    "pp2-tp2": ("llama", 4, PP2 | {"tensor_parallel": 2} | FULL, {}),
-    "pp2-sdp2-tp2": ("gpt2", 8, PP2 | SDP2 | {"tensor_parallel": 2} | BF16, {}),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MESSAGES)
 def test_messages_and_matrix_products_of_a_step(pool: WorkerPool, case: str) -> None:
-    family, world_size, distribution, training = CASES[case]
+    family, world_size, distribution, training = MESSAGES[case]
     plan = make_plan(family, world_size, distribution, **training)
     compute = estimate(plan, device="cpu").compute
     for rank, (step, report, flops) in enumerate(pool.run(world_size, record, plan)):
-        assert step == expected(plan, rank, "step"), rank
-        assert report == expected(plan, rank, "report"), rank
+        assert step == expected_messages(plan, rank, "step"), rank
+        assert report == expected_messages(plan, rank, "report"), rank
         passes = plan.microbatches * plan.training.accumulation
         stages = [compute[stage] for stage in plan.stages_of(rank)]
         assert flops == pytest.approx(
@@ -182,7 +107,7 @@ def test_a_split_backward_reduces_at_most_what_the_estimate_says(pool: WorkerPoo
     """Of two backwards of inputs in a row, the first one's weights take the second one's biases and norms along."""
     plan = make_plan("gpt2", 4, ZB_V | SDP2)
     for rank, (step, _, _) in enumerate(pool.run(4, record, plan)):
-        wanted = expected(plan, rank, "step")
+        wanted = expected_messages(plan, rank, "step")
         sums = [sum(count * message[2] for message, count in sent.items()) for sent in (step, wanted)]
         assert 0.95 * sums[1] <= sums[0] <= sums[1], rank
         for sent in (step, wanted):
