@@ -57,11 +57,17 @@ def resolve(
         microbatch_size=rows // microbatches,
         stages=_stages(distribution, description, training),
         schedule_hash=schedule.hash,
-        padded_vocab_size=_padded(description.vocab_size or 0, VOCABULARY_MULTIPLE * degrees.tp),
+        padded_vocab_size=_padded_vocabulary(description, degrees.tp),
         distribution=distribution,
         training=training,
         description=_with_dropout(description, training.dropout),
     )
+
+
+def _padded_vocabulary(description: ModelDescription, tp: int) -> int:
+    """Rows with padding. A model that makes its own layers makes its own vocabulary."""
+    size = description.vocab_size or 0
+    return size if description.factory is not None else _padded(size, VOCABULARY_MULTIPLE * tp)
 
 
 def _with_dropout(description: ModelDescription, probability: float | None) -> ModelDescription:
