@@ -17,12 +17,21 @@ from pydantic import ValidationError
 from mpsdk import Estimator
 from mpsdk.checkpoint import find
 from mpsdk.config import Profile
-from mpsdk.errors import ConfigError
+from mpsdk.errors import ConfigError, DataError
 from mpsdk.launch import LocalLauncher
-from mpsdk.profile import RankSpans, compress_if_large, machine, step_folder, trace_path
+from mpsdk.profile import (
+    PROGRAM,
+    MeasuredSpan,
+    RankSpans,
+    compress_if_large,
+    machine,
+    step_folder,
+    trace_path,
+)
 from mpsdk.report.history import History
-from mpsdk.run import Run
-from mpsdk.work_order import WorkOrder
+from mpsdk.report.timeline import draw_profile
+from mpsdk.run import Run, draw_pictures
+from mpsdk.work_order import JOB_FILE, WorkOrder
 from tests.core.fake_backend import FakeBackend, FakeResult
 from tests.core.jobs import MODEL, TEXT, TRAINING, order_in, work
 
@@ -247,6 +256,21 @@ def test_a_run_through_the_facade_ends_with_pictures_and_goes_on_without_a_compl
     assert (run.profiles[1] / "timeline.svg").exists()
     assert (folder / "timeline.png").stat().st_mtime_ns == drawn
     assert find(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_step_that_was_compiled_whole_is_not_drawn(tmp_path: Path) -> None:
+    order = profiled(order_in(tmp_path), steps=(1, 2))
+    work(order)
+    whole, folder = step_folder(tmp_path, 1), step_folder(tmp_path, 2)
+    span = MeasuredSpan(kind=PROGRAM, start=1.0, end=2.0)
+    RankSpans(rank=0, machine=machine(), met=0.5, spans=(span,)).save(whole)
+    order.save(tmp_path / JOB_FILE)
+    draw_pictures(Run(tmp_path))
+    assert not (whole / "timeline.png").exists()
+    assert (folder / "timeline.png").exists()
+    with pytest.raises(DataError, match="compiled as one program"):
+        draw_profile(whole)
 
 
 # -- small things --------------------------------------------------------------------------------------------------
