@@ -75,25 +75,27 @@ class ShardedOptimizer:
     def _update(self, gradients: Mapping[str, Tensor], learning_rate: Tensor) -> tf.Operation:
         steps = tf.cast(self.steps.assign_add(1), tf.float32)
         rate = tf.identity(learning_rate)
-        if self.training.optimizer == "adamw":
-            return self._adamw(
-                gradients, rate, [tf.exp(steps * math.log(beta)) for beta in self.training.betas]
-            )
-        return self._sgd(gradients, rate)
+        return (
+            self._adamw(gradients, rate, steps)
+            if self.training.optimizer == "adamw"
+            else self._sgd(gradients, rate)
+        )
 
-    def _adamw(
-        self, gradients: Mapping[str, Tensor], learning_rate: Tensor, powers: Sequence[Tensor]
-    ) -> tf.Operation:
+    def _adamw(self, gradients: Mapping[str, Tensor], learning_rate: Tensor, steps: Tensor) -> tf.Operation:
         """Loshchilov and Hutter 2017 (arXiv:1711.05101), epsilon beside the corrected root, as PyTorch has it.
 
-        TensorFlow's kernel corrects the learning rate and not the root, so its epsilon is given times that correction.
+        TensorFlow's kernel corrects the learning rate and not the root, and subtracts powers of betas from 1, which loses
+        digits in the first steps. So it is told powers of zero, and gets the rate and epsilon corrected.
 
         Args:
-            powers: the two betas to the power of the number of this step, counted from 1.
+            steps: the number of this step, counted from 1.
         """
         first, second = (tf.constant(beta, tf.float32) for beta in self.training.betas)
-        epsilon = self.training.epsilon * tf.sqrt(1.0 - powers[1])
+        corrections = [-tf.math.expm1(steps * math.log(beta)) for beta in self.training.betas]
+        root = tf.sqrt(corrections[1])
+        rate, epsilon = learning_rate * root / corrections[0], self.training.epsilon * root
         kept = 1.0 - learning_rate * self.training.weight_decay
+        zero = tf.zeros((), tf.float32)
         updates: list[tf.Operation] = []
         for item in self._updated:
             if self._decays(item):
@@ -102,9 +104,9 @@ class ShardedOptimizer:
                 var=item.local.handle,
                 m=self.state[item.name]["exp_avg"].handle,
                 v=self.state[item.name]["exp_avg_sq"].handle,
-                beta1_power=powers[0],
-                beta2_power=powers[1],
-                lr=learning_rate,
+                beta1_power=zero,
+                beta2_power=zero,
+                lr=rate,
                 beta1=first,
                 beta2=second,
                 epsilon=epsilon,
