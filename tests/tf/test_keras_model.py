@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from mpsdk import Estimator
 from mpsdk.backend import Place, TensorSource
-from mpsdk.config import Distribution, Training
+from mpsdk.config import Distribution, Precision, Training
 from mpsdk.errors import ConfigError
 from mpsdk.factory import Factory
 from mpsdk.plan import Plan
@@ -23,6 +25,7 @@ from mpsdk.resolve import resolve
 from mpsdk.run import Run
 from mpsdk_tf import from_checkpoint
 from mpsdk_tf.backend import TensorFlowBackend
+from mpsdk_tf.keras_model import FirstValues, make
 from tests.cases import (
     BOUND,
     GLOBAL_BATCH,
@@ -324,6 +327,19 @@ def test_ranks_whose_factory_gives_other_weights_find_out() -> None:
     plan = make_plan("different_each_time", 2, {})
     with pytest.raises(ranks.CaseError, match="gives other first weights on rank 1 than on rank 0"):
         ranks.run(2, train, plan, 1)
+
+
+def test_a_rank_frees_the_whole_model_when_it_has_its_share() -> None:
+    factory = Factory("tests.tf.keras_models:sequential", "", keras_models.LENGTH)
+    made = make(factory, seed=SEED, precision=Precision(), device="/device:CPU:0")
+    whole = [weakref.ref(weight._value) for weight in made.model.weights]
+    name, (rows, columns) = "model/embedding/embeddings", (keras_models.VOCABULARY, keras_models.WIDTH)
+    part = FirstValues(made).read(name, "weight", (rows - 2, 0), (2, columns))
+    np.testing.assert_array_equal(part, made.model.weights[0].numpy()[-2:])
+    assert made.description().parameters == made.model.count_params()
+    made.let_go()
+    gc.collect()
+    assert all(value() is None for value in whole)
 
 
 # -- through the facade ----------------------------------------------------------------------------------------------
