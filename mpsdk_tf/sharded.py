@@ -42,7 +42,7 @@ class Unit:
 
     def whole(self) -> Whole:
         """Every parameter, whole: gathered over the shards."""
-        shares = [tf.cast(item.local, self._dtype) for item in self.held]
+        shares = [tf.cast(item.local.read_value(), self._dtype) for item in self.held]
         if self._groups.shards is None:
             return {item.name: share for item, share in zip(self.held, shares, strict=True)}
         padded = [_padded(share, rows) for share, rows in zip(shares, self._rows, strict=True)]
