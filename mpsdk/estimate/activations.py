@@ -120,15 +120,19 @@ def block_workspace(
     return again + residual + max(feed_forward, attention - freed)
 
 
-def loss_workspace(sizes: Sizes) -> int:
-    """Beside the fp32 exponentials that are kept, and turned into the gradient in place: in fp32, where they take the
-    logits' memory, nothing of that size; else the logits, or their gradient."""
-    return sizes.tokens * sizes.vocabulary * sizes.compute if sizes.compute != FP32 else 0
+def loss_workspace(sizes: Sizes, kernels: Kernels) -> int:
+    """Beside the fp32 exponentials that are kept: the logits, or their gradient; where all is in place and in fp32, they
+    take the logits' memory."""
+    in_place = kernels.loss_in_place and sizes.compute == FP32
+    return 0 if in_place else sizes.tokens * sizes.vocabulary * sizes.compute
 
 
-def head_workspace(sizes: Sizes) -> int:
-    """Gradients of the logits, of the output projection and of its input, when the loss has let its exponentials go."""
+def head_workspace(sizes: Sizes, kernels: Kernels) -> int:
+    """Gradients of the logits, of the output projection and of its input, when the loss has let its exponentials go if
+    they are turned into the gradient; else beside them."""
     logits, weight = sizes.tokens * sizes.vocabulary, sizes.width * sizes.vocabulary
+    if not kernels.loss_in_place:
+        return 2 * logits * FP32 + weight * sizes.compute + sizes.whole_hidden
     return max(0, (logits + weight) * sizes.compute + sizes.whole_hidden - logits * FP32)
 
 

@@ -57,7 +57,8 @@ class Kernels:
     fused attention kernel for fp32 pads its logsumexp. `keeps_masks`: of dropout, and of token ids that another rank
     looks up; False makes them again, from seeds that are kept, and from the ids. `keeps_unread`: selective recompute keeps
     results of the chosen operations that no backward reads, too. `keeps_padding`: so does the loss with padding rows of the
-    vocabulary.
+    vocabulary. `loss_in_place`: the loss's backward turns its exponentials into the gradient; False has two fp32 arrays of
+    that size beside them.
     """
 
     fused_rms_norm: bool
@@ -70,6 +71,7 @@ class Kernels:
     keeps_masks: bool = True
     keeps_unread: bool = True
     keeps_padding: bool = True
+    loss_in_place: bool = True
 
     def attention(self, *, fp32: bool, grouped: bool, dropout: bool) -> Attention:
         """Which attention runs: fused keeps what enters and leaves it, the others also the weights of every pair of tokens.
@@ -139,6 +141,7 @@ TENSORFLOW_KERNELS = Kernels(
     keeps_masks=False,
     keeps_unread=False,
     keeps_padding=False,
+    loss_in_place=False,
 )
 
 FRAMEWORKS = {

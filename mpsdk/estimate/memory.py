@@ -144,10 +144,10 @@ def _pass(account: Account, share: ShareClass, state: Bytes) -> dict[str, Bytes]
     found: dict[str, Bytes] = {}
     if account.has_last:
         whole = {ACTIVATIONS: activations, BUFFERS: account.reducing("earlier")}
-        found[LOSS] = common | whole | {WORKSPACE: loss_workspace(sizes)}
+        found[LOSS] = common | whole | {WORKSPACE: loss_workspace(sizes, kernels)}
         if account.sharding.gathers == "block":  # other weights have been let go before the loss
             found[LOSS] |= {GATHERED: account.gathered_for_loss}
-        found[HEAD] = common | whole | {WORKSPACE: head_workspace(sizes)}
+        found[HEAD] = common | whole | {WORKSPACE: head_workspace(sizes, kernels)}
     workspace = {WORKSPACE: block_workspace(spec, sizes, kernels, account.recompute)}
     before = {BUFFERS: account.reducing("head" if account.has_last else "earlier")}
     between = {BUFFERS: account.reducing("block")}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from mpsdk.plan import Plan
 from mpsdk_tf.graph import Piece, _split
 from tests.estimated import BF16, FEW_MODES, KEPT, KEPT_LAYOUTS, MODES, STATES, ZB_H1, ZB_V
 from tests.tf.cases import make_plan
+from tests.tf.memory_growth import plan_of
 from tests.tf.programs import built, trace_step
 
 SAME_BUFFER = ("Identity", "IdentityN", "Reshape")
@@ -137,3 +141,14 @@ def test_elements_of_weights_and_moments(case: str) -> None:
                 held[slot] = sum(state[slot].shape.num_elements() for state in optimizer.state.values())
         expected = found.memory_of(rank).elements
         assert held == dict.fromkeys(["weights", *slots], expected), rank
+
+
+@pytest.mark.long
+def test_the_peak_grows_with_a_microbatch_as_much_as_estimated_and_not_much_more() -> None:
+    """In resident memory, which the allocator leaves gaps in; docs/estimate.md says what else is more than estimated."""
+    command = [sys.executable, "-m", "tests.tf.memory_growth"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    fewer, more = (estimate(plan_of(rows), device="cpu").memory_of(0).peak for rows in (16, 32))
+    assert 0.95 < int(done.stdout) / (more - fewer) < 1.4
