@@ -91,7 +91,9 @@ def tf(session: nox.Session) -> None:
     """The TensorFlow backend."""
     python = environment(session, "tf", "test")
     tests = ("tests/tf", "tests/core/test_import.py")
-    session.run(python, "-m", "pytest", *tests, *session.posargs, env=QUIET)
+    # Ranks are threads, and what they trace runs one at a time in a process: two of them use two cores.
+    two = ("-n", "2", "--dist", "loadfile")
+    session.run(python, "-m", "pytest", *tests, *two, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")

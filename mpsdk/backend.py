@@ -43,7 +43,7 @@ class Place:
     world_size: int
     local_rank: int = 0
     store: str | None = None  # a file for the rendezvous; None: MASTER_ADDR and MASTER_PORT
-    folder: str | None = None  # one that all ranks share and no other start of the run uses, where there is no store
+    folder: str | None = None  # where there may be no store: one that only the ranks of this start use
     timeout: float = 600.0  # seconds that a rank may wait for another
     note: Callable[[str], None] = field(default=lambda activity: None)
     """Told what the rank is about to do or wait for; the launcher shows it when a rank hangs."""

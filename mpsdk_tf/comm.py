@@ -290,7 +290,8 @@ def deadline(seconds: float, rank: int, activity: str) -> Iterator[None]:
     ended or not, and soon runs out of threads.
     """
     message = f"rank {rank} has waited {seconds:g} s for other ranks: {activity}"
-    timer = threading.Timer(seconds, context.context().abort_collective_ops, (_DEADLINE_EXCEEDED, message))
+    ours: Any = context.context()
+    timer = threading.Timer(seconds, ours.abort_collective_ops, (_DEADLINE_EXCEEDED, message))
     timer.daemon = True
     timer.start()
     try:

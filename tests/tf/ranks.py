@@ -41,6 +41,7 @@ def make_devices() -> None:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * MOST_RANKS)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(2 * MOST_RANKS)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     assert len(tf.config.list_logical_devices("CPU")) == MOST_RANKS
 
 
