@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers                          # all, into results/peers.json, docs/performance.md and its picture
     python -m benchmarks.peers --size small dp-2 pp-2   # some, printed only
+    python -m benchmarks.peers --update tf-dp-2         # some, in place of their rows in the results and on the page
 
 Every contender starts from the same weights, takes the same batches in fp32, clips at 1.0 and updates by AdamW; their
 losses must agree, or there is no result. Contenders whose libraries are not installed are left out, and said to be.
@@ -167,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, action="append", help="by default all")
     parser.add_argument("--rounds", type=int, help="3 or more; by default the size's own")
     parser.add_argument(
+        "--update", action="store_true", help="put what is measured in place of its rows in peers.json"
+    )
+    parser.add_argument(
         "--only-docs", action="store_true", help="the picture and the tables again, from peers.json"
     )
     options = parser.parse_args(arguments)
@@ -182,13 +186,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         result = measure(options.size or list(SIZES), options.matches or list(MATCHES), options.rounds)
         print_table(result["rows"])
-    if not whole or len(result["rows"]) < len(SIZES) * sum(len(match.entries) for match in MATCHES.values()):
+        if options.update:
+            result = updated(json.loads(RESULT.read_text(encoding="utf-8")), result)
+    everything = len(SIZES) * sum(len(match.entries) for match in MATCHES.values())
+    if not options.update and len(result["rows"]) < everything:
         print("Only a part was measured; nothing was written")
         return
     write_json(RESULT, result)
     draw(result["rows"], DOCS / "pictures" / "peers.svg")
     write_page(result, DOCS / "performance.md")
     print(f"Written: {RESULT}, {DOCS / 'pictures' / 'peers.svg'}, {DOCS / 'performance.md'}")
+
+
+def updated(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """`before` with the rows of the matches and sizes that were measured now. A ratio is of one run, and stays one.
+
+    Raises ValueError when the machines differ.
+    """
+    for what in ("cores", "processor", "system", "python"):
+        if before["machine"][what] != now["machine"][what]:
+            raise ValueError(
+                f"{what} was {before['machine'][what]} and is {now['machine'][what]}: measure everything anew"
+            )
+    fresh = {(row["match"], row["size"]) for row in now["rows"]}
+    rows = [row for row in before["rows"] if (row["match"], row["size"]) not in fresh] + now["rows"]
+    order = [(size, match) for size in SIZES for match in MATCHES]
+    rows.sort(key=lambda row: order.index((row["size"], row["match"])))  # stable: contenders keep their order
+    packages = before["machine"]["packages"] | now["machine"]["packages"]
+    return now | {"machine": now["machine"] | {"packages": packages}, "rows": rows}
 
 
 def measure(sizes: Sequence[str], matches: Sequence[str], rounds: int | None) -> dict[str, Any]:

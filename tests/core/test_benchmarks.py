@@ -26,6 +26,18 @@ def test_the_page_on_performance_shows_the_recorded_results(tmp_path: Path) -> N
     assert copy.read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_a_part_that_is_measured_again_takes_the_place_of_its_rows() -> None:
+    before = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
+    again = [row | {"peak_memory_bytes": 1} for row in before["rows"] if row["match"] == "dp-2"]
+    result = peers.updated(before, before | {"rows": again})
+    kept = [row for row in result["rows"] if row["match"] != "dp-2"]
+    assert [row for row in result["rows"] if row["match"] == "dp-2"] == again
+    assert kept == [row for row in before["rows"] if row["match"] != "dp-2"]
+    other = before["machine"] | {"cores": before["machine"]["cores"] + 1}
+    with pytest.raises(ValueError, match="measure everything anew"):
+        peers.updated(before, before | {"machine": other})
+
+
 def test_the_page_on_scaling_shows_the_recorded_results(tmp_path: Path) -> None:
     copy = Path(shutil.copy(ROOT / "docs" / "scaling.md", tmp_path))
     result = json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))
