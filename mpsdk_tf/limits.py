@@ -12,14 +12,6 @@ from mpsdk.errors import Problem
 def limits(distribution: Distribution, training: Training, description: ModelDescription) -> list[Problem]:
     """Everything in the request that the TensorFlow backend has no implementation for."""
     problems = list(_compile_limits(distribution))
-    if distribution.checkpoint.asynchronous:
-        problems.append(
-            Problem(
-                "checkpoint.asynchronous",
-                True,
-                "checkpoints are written synchronously so far; set it to false",
-            )
-        )
     if description.spec is None:
         problems += _own_model_limits(distribution, description)
     return problems

@@ -22,14 +22,6 @@ def limits(distribution: Distribution, training: Training, description: ModelDes
             )
         )
     problems += _compile_limits(distribution, training, description)
-    if distribution.checkpoint.asynchronous:
-        problems.append(
-            Problem(
-                "checkpoint.asynchronous",
-                True,
-                "checkpoints are written synchronously so far; set it to false",
-            )
-        )
     if description.spec is None:
         problems.append(
             Problem(

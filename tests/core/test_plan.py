@@ -259,6 +259,13 @@ def test_a_plan_of_another_schedule_generator_is_refused() -> None:
         plan.actions(0)
 
 
+def test_asynchronous_checkpoints_are_refused_whatever_the_framework() -> None:
+    distribution = Distribution(checkpoint={"asynchronous": True})
+    with pytest.raises(ConfigError) as refused:
+        resolve(distribution, model_of(2, 2), Training(), world_size=1, framework="any")
+    assert [problem.field for problem in refused.value.problems] == ["checkpoint.asynchronous"]
+
+
 def test_a_plan_for_thousands_of_ranks_is_quick_and_small() -> None:
     distribution = Distribution(
         pipeline={"degree": 16, "microbatches": 64}, tensor_parallel=8, sharded_data_parallel=16
