@@ -262,7 +262,7 @@ def test_a_plan_of_another_schedule_generator_is_refused() -> None:
 def test_asynchronous_checkpoints_are_refused_whatever_the_framework() -> None:
     distribution = Distribution(checkpoint={"asynchronous": True})
     with pytest.raises(ConfigError) as refused:
-        resolve(distribution, model_of(2, 2), Training(), world_size=1, framework="any")
+        resolve(distribution, model_of(2, 2), Training(sequence_length=16), world_size=1, framework="any")
     assert [problem.field for problem in refused.value.problems] == ["checkpoint.asynchronous"]
 
 
