@@ -54,7 +54,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """The neutral core, where no framework is installed."""
+    """The neutral core and the launcher's real processes, where no framework is installed."""
     session.install(*PINNED, "-e", ".[test]")
     options = (
         "-n",
@@ -66,7 +66,7 @@ def core(session: nox.Session) -> None:
         "-m",
         "not long and not hf",
     )
-    session.run("pytest", "tests/core", *options, *session.posargs, env=QUIET)
+    session.run("pytest", "tests/core", "tests/launch", *options, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")
@@ -78,10 +78,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def torch(session: nox.Session) -> None:
-    """The PyTorch backend, the launcher's real processes, and what the core can only show where a framework is there."""
+    """The PyTorch backend, and what the core can only show where a framework is there."""
     python = environment(session, "torch", "test")
     run = (python, "-m", "pytest")
-    tests = ("tests/torch", "tests/launch", "tests/core/test_import.py")
+    tests = ("tests/torch", "tests/core/test_import.py")
     session.run(*run, *tests, *session.posargs, env=QUIET)
     session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, env=QUIET)
 
@@ -92,7 +92,7 @@ def tf(session: nox.Session) -> None:
     python = environment(session, "tf", "test")
     tests = ("tests/tf", "tests/core/test_import.py")
     # Ranks are threads, and what they trace runs one at a time in a process: two of them use two cores.
-    two = ("-n", "2", "--dist", "loadfile")
+    two = ("-n", "2", "--dist", "loadgroup")
     session.run(python, "-m", "pytest", *tests, *two, *session.posargs, env=QUIET)
 
 
