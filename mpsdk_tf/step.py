@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ from mpsdk_tf.sharded import ShardedReduction
 from mpsdk_tf.stage import Stage
 from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
+
+_tracing = threading.Lock()  # ranks that are threads hinder each other when they trace at once
 
 
 class Trainer:
@@ -117,7 +120,8 @@ class Trainer:
         place = self.place
         with tf.device(self.groups.device):
             if activity not in self._traced:  # first, since its notes don't say that this rank waits
-                program.get_concrete_function()
+                with _tracing:
+                    program.get_concrete_function()
                 self._traced.add(activity)
             self._note(f"waiting with the other ranks, {activity}" if place.world_size > 1 else activity)
             with deadline(place.timeout, place.rank, f"step {self._step}, {activity}"):
