@@ -298,6 +298,8 @@ class Estimator:
 
     def _model_in_order(self) -> dict[str, Any]:
         """The fields of an order that say where the model comes from."""
+        from mpsdk.families.hf import has_weights
+
         read, model = self._read, cast("object", self.model)
         if isinstance(read, Factory):
             return {"import_from": read.directory}
@@ -306,7 +308,7 @@ class Estimator:
             read = read_model(os.fspath(cast("str | os.PathLike[str]", model)))
         return {
             "model_directory": None if read.directory is None else str(read.directory.resolve()),
-            "pretrained": read.directory is not None and _has_weights(read.directory),
+            "pretrained": read.directory is not None and has_weights(read.directory),
             "hf_config": read.hf_config,
         }
 
@@ -396,9 +398,3 @@ def _report(reporter: Reporter, event: dict[str, Any]) -> object:
     for warning in event.pop("warnings", ()):
         _log.warning(warning)
     return reporter.handle(event)
-
-
-def _has_weights(directory: Path) -> bool:
-    from mpsdk.families.hf import has_weights
-
-    return has_weights(directory)

@@ -36,6 +36,13 @@ def training_schedule(pipeline: Pipeline, microbatches: int) -> Schedule:
     )
 
 
+def shared_rows(rows: int, sdp: int, degree: int) -> tuple[int, int]:
+    """The rows [start, stop), of `rows`, of share `sdp` of `degree`: as `torch.chunk` cuts, into parts of
+    ceil(rows / degree), until there are no more."""
+    part = -(-rows // degree)
+    return min(sdp * part, rows), min((sdp + 1) * part, rows)
+
+
 @dataclass(frozen=True)
 class LocalTensor:
     """The part of one canonical tensor that a tensor-parallel rank of a stage holds, before sharded data parallelism.
@@ -58,10 +65,8 @@ class LocalTensor:
         return self.tensor.name
 
     def rows(self, sdp: int, degree: int) -> tuple[int, int]:
-        """The rows [start, stop) of it at coordinate `sdp` of `degree`: dimension 0 is cut as `torch.chunk` cuts, into
-        parts of ceil(rows / degree) rows, until there are no more."""
-        part = -(-self.shape[0] // degree)
-        return min(sdp * part, self.shape[0]), min((sdp + 1) * part, self.shape[0])
+        """The rows [start, stop) of it at coordinate `sdp` of `degree`."""
+        return shared_rows(self.shape[0], sdp, degree)
 
     def canonical_slice(self, start: int, stop: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Offset and shape, in the canonical tensor, of its rows [start, stop); padding left out."""

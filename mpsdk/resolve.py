@@ -31,9 +31,7 @@ def resolve(
     dp = _data_parallel(distribution, world_size, problems)
     problems += _model_problems(distribution, description, training)
     problems += _framework_problems(distribution, description, training, framework)
-    if (
-        distribution.checkpoint.asynchronous
-    ):  # the training loop, which is every framework's, has no such writer
+    if distribution.checkpoint.asynchronous:  # the loop, which is every framework's, has no such writer
         remedy = "checkpoints are written synchronously so far; set it to false"
         problems.append(Problem("checkpoint.asynchronous", True, remedy))
 

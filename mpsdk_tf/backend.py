@@ -19,11 +19,12 @@ from mpsdk_tf.checkpoint import fill_optimizer, fill_weights, rank_state
 from mpsdk_tf.compiled import is_compiled, verify_compiler
 from mpsdk_tf.keras_model import FirstValues, make, make_for
 from mpsdk_tf.optimizer import ShardedOptimizer
-from mpsdk_tf.parallelize import Feed, parallelize
+from mpsdk_tf.parallelize import parallelize
 from mpsdk_tf.parameters import held_parameters
 from mpsdk_tf.precision import LossScale
 from mpsdk_tf.profile import measured
 from mpsdk_tf.recompute import repeat_exactly
+from mpsdk_tf.stage import Feed
 from mpsdk_tf.step import Trainer
 from mpsdk_tf.topology import Groups, Membership, join, make_groups
 
@@ -100,8 +101,8 @@ class TensorFlowBackend:
         fill_optimizer(self._ready.optimizer, source)
 
     def close(self) -> None:
-        if self._built is not None and self._built.membership.watchdog is not None:
-            self._built.membership.watchdog.stop()
+        if self._built is not None:
+            self._built.membership.stop_watching()
         self._built = None
 
     @property

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tensorflow as tf
 from tensorflow.python.eager import context  # see above
@@ -37,6 +37,13 @@ from mpsdk_tf.tensor import Tensor
 _LEADER = "/job:worker/replica:0/task:0"
 _HEALTH_SECONDS = 1.0  # between two looks at the other ranks, and how long one may take to answer
 _DEADLINE_EXCEEDED, _UNAVAILABLE = 4, 14  # status codes: of a wait too long, of a lost peer
+
+
+PURPOSES = (
+    *("world", "data", "shards", "replicas", "model", "tensor", "tied"),
+    *("activations up", "activations down", "gradients up", "gradients down"),
+)
+"""What groups are for: together with a rank, what tells one from another."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,6 @@ class GroupMaker:
     def __init__(self, name: str, rank: int, world_size: int, *, scatters: bool = False) -> None:
         self._rank, self._world_size, self._scatters = rank, world_size, scatters
         self._base = zlib.crc32(name.encode()) % (1 << 30)
-        self._purposes: dict[str, int] = {}
 
     def group(self, purpose: str, ranks: Sequence[int]) -> Group:
         """The group of `ranks`, which has this rank. Groups of one purpose have no rank in common."""
@@ -91,10 +97,7 @@ class GroupMaker:
         return self._make(purpose, (source, target), source)
 
     def _make(self, purpose: str, ranks: tuple[int, ...], number: int) -> Group:
-        purpose_number = zlib.crc32(purpose.encode()) % 1009  # not a counter: ranks make different groups
-        taken = self._purposes.setdefault(purpose, purpose_number)
-        assert list(self._purposes.values()).count(taken) == 1, f"two purposes with one number: {purpose}"
-        key = (self._base + taken * self._world_size + number) % (1 << 31)
+        key = (self._base + PURPOSES.index(purpose) * self._world_size + number) % (1 << 31)
         return Group(purpose, ranks, ranks.index(self._rank), key, self._scatters)
 
 
@@ -251,13 +254,6 @@ class StageLinks:
 # -- the cluster -----------------------------------------------------------------------------------------------------
 
 
-class Watchdog(NamedTuple):
-    """Looks after the other ranks; `stop` ends it. `lost` has what it found."""
-
-    stop: Callable[[], None]
-    lost: list[str]
-
-
 def start_server(addresses: Sequence[str], rank: int, *, gpu: bool) -> None:
     """Make this process rank `rank` of the cluster at `addresses` ("host:port" of each rank). Once a process.
 
@@ -300,9 +296,11 @@ def deadline(seconds: float, rank: int, activity: str) -> Iterator[None]:
         timer.cancel()
 
 
-def watch_peers(ranks: Sequence[int]) -> Watchdog:
-    """Look at `ranks` all the time; when one does not answer, abort this process's collectives with an error naming it."""
-    lost: list[str] = []
+def watch_peers(ranks: Sequence[int]) -> Callable[[], None]:
+    """Look at `ranks` all the time; when one does not answer, abort this process's collectives with an error naming it.
+
+    Gives what ends the looking.
+    """
     done = threading.Event()
 
     def watch() -> None:
@@ -316,9 +314,9 @@ def watch_peers(ranks: Sequence[int]) -> Watchdog:
                 except tf.errors.OpError as error:
                     if done.is_set():
                         return
-                    lost.append(f"rank {rank} is gone: it does not answer ({error.message})")
-                    ours.abort_collective_ops(_UNAVAILABLE, lost[0])
+                    message = f"rank {rank} is gone: it does not answer ({error.message})"
+                    ours.abort_collective_ops(_UNAVAILABLE, message)
                     return
 
     threading.Thread(target=watch, name="mpsdk-watchdog", daemon=True).start()
-    return Watchdog(done.set, lost)
+    return done.set

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -15,12 +15,9 @@ from mpsdk_tf.graph import Call, Piece
 from mpsdk_tf.keras_model import KerasModel
 from mpsdk_tf.loss import cross_entropy_sum
 from mpsdk_tf.recompute import keep_of
-from mpsdk_tf.stage import Extras, Part
+from mpsdk_tf.stage import Extras, Feed, Part
 from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
-
-if TYPE_CHECKING:
-    from mpsdk_tf.parallelize import Feed
 
 
 def keras_parts(

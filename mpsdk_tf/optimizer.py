@@ -63,6 +63,8 @@ class ShardedOptimizer:
             divisor = divisor * tf.maximum(norm / self.training.max_grad_norm, 1.0)
 
         def update() -> tf.Operation:
+            if self.training.max_grad_norm is None and not self.loss_scale.active:
+                return self._update(found, learning_rate)
             return self._update({name: gradient / divisor for name, gradient in found.items()}, learning_rate)
 
         if not self.loss_scale.active:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from mpsdk.plan import Plan
 from mpsdk_tf.compiled import compile_islands, compiles_pieces, is_compiled
-from mpsdk_tf.dropout import Moment, Site, seeds_at
 from mpsdk_tf.graph import Call, Piece
 from mpsdk_tf.keras_model import KerasModel
 from mpsdk_tf.keras_parts import keras_parts
@@ -18,29 +17,10 @@ from mpsdk_tf.parameters import Held
 from mpsdk_tf.precision import COMPUTE_DTYPES, layers_of
 from mpsdk_tf.recompute import keep_of
 from mpsdk_tf.sharded import Unit
-from mpsdk_tf.stage import Extras, Part, Stage
+from mpsdk_tf.stage import Feed, Part, Stage
 from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
 from mpsdk_tf.transformer import Transformer, named_parameters
-
-
-class Feed:
-    """What the parts of a stage take beside their input, for the microbatches of the pass that is being traced."""
-
-    def __init__(self) -> None:
-        self.labels: Callable[[int], Tensor] | None = None
-        self.moment: Callable[[int], Moment] | None = None
-
-    def labels_of(self, microbatch: int) -> list[Tensor]:
-        assert self.labels is not None
-        return [self.labels(microbatch)]
-
-    def seeds_of(self, sites: Sequence[Site]) -> Extras:
-        def seeds(microbatch: int) -> list[Tensor]:
-            assert self.moment is not None
-            return [seeds_at(self.moment(microbatch), sites)]
-
-        return seeds
 
 
 def parallelize(

@@ -38,7 +38,7 @@ class Unit:
         self.held, self._groups = held, groups
         self._dtype = COMPUTE_DTYPES[plan.distribution.precision.mode]
         self._degree = plan.degrees.sdp
-        self._rows = [-(-item.planned.shape[0] // self._degree) for item in held]  # of a share, padded
+        self._rows = [item.planned.rows(0, self._degree)[1] for item in held]  # of a share, padded
 
     def whole(self) -> Whole:
         """Every parameter, whole: gathered over the shards."""

@@ -8,12 +8,32 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
+from mpsdk_tf.dropout import Moment, Site, seeds_at
 from mpsdk_tf.graph import Piece, Saved
 from mpsdk_tf.sharded import Unit, Whole
 from mpsdk_tf.tensor import Tensor
 
 Extras = Callable[[int], list[Tensor]]
 """A microbatch's number, to what a part takes beside its input: labels, seeds."""
+
+
+class Feed:
+    """What the parts of a stage take beside their input, for the microbatches of the pass that is being traced."""
+
+    def __init__(self) -> None:
+        self.labels: Callable[[int], Tensor] | None = None
+        self.moment: Callable[[int], Moment] | None = None
+
+    def labels_of(self, microbatch: int) -> list[Tensor]:
+        assert self.labels is not None
+        return [self.labels(microbatch)]
+
+    def seeds_of(self, sites: Sequence[Site]) -> Extras:
+        def seeds(microbatch: int) -> list[Tensor]:
+            assert self.moment is not None
+            return [seeds_at(self.moment(microbatch), sites)]
+
+        return seeds
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from mpsdk_tf.compiled import compiles_step
 from mpsdk_tf.dropout import Moment
 from mpsdk_tf.executor import Executor
 from mpsdk_tf.optimizer import ShardedOptimizer
-from mpsdk_tf.parallelize import Feed
 from mpsdk_tf.profile import scope
 from mpsdk_tf.sharded import ShardedReduction
-from mpsdk_tf.stage import Stage
+from mpsdk_tf.stage import Feed, Stage
 from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.topology import Groups
 
@@ -252,7 +251,6 @@ class PendingStep:
     def read(self, *, stop: bool = False) -> dict[str, float]:
         """See `mpsdk.backend.StepResult`. Collective: every rank calls it after the same step."""
         trainer = self._trainer
-        trainer._note("reading the loss")
         loss, (stopped, peak) = trainer.report(self._loss, [float(stop), _peak_memory(trainer.groups)])
         values = {
             "loss": loss,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +22,15 @@ from mpsdk.errors import BackendError
 from mpsdk.launch.control import Control
 from mpsdk.plan import Plan
 from mpsdk.topology import Coordinates
-from mpsdk_tf.comm import Group, GroupMaker, StageLinks, TensorGroup, Watchdog, start_server, watch_peers
+from mpsdk_tf.comm import Group, GroupMaker, StageLinks, TensorGroup, start_server, watch_peers
 
 
 @dataclass(frozen=True)
 class Membership:
-    """This process's place in the cluster: the device to work on, and who looks after the other ranks."""
+    """This process's place in the cluster: the device to work on, and what ends the looking after other ranks."""
 
     device: str
-    watchdog: Watchdog | None
+    stop_watching: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ class Groups:
         return "GPU" in self.device
 
 
-_joined: list[
-    tuple[int, int]
-] = []  # rank and world size of this process's server, which can't be started twice
+_joined: list[tuple[int, int]] = []  # rank and world size of this process's server, which starts once
 
 
 def join(place: Place, *, threads: bool) -> Membership:
@@ -71,7 +70,7 @@ def join(place: Place, *, threads: bool) -> Membership:
     """
     _refuse_other_ways()
     if threads:
-        return Membership(f"/device:CPU:{place.local_rank}", None)
+        return Membership(f"/device:CPU:{place.local_rank}")
     gpus = tf.config.list_physical_devices("GPU")
     if 0 < len(gpus) <= place.local_rank:
         raise BackendError(
@@ -83,7 +82,7 @@ def join(place: Place, *, threads: bool) -> Membership:
         tf.config.experimental.set_memory_growth(gpus[place.local_rank], True)
     kind = "GPU" if gpus else "CPU"
     if place.world_size == 1:
-        return Membership(f"/device:{kind}:0", None)
+        return Membership(f"/device:{kind}:0")
     place.note(f"joining {place.world_size} ranks")
     here = (place.rank, place.world_size)
     if not _joined:

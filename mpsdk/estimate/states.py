@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from mpsdk.config import Training
-from mpsdk.plan import LocalTensor, Plan
+from mpsdk.plan import LocalTensor, Plan, shared_rows
 
 # Tensors of the size of a parameter that an optimizer keeps (Kingma and Ba 2014, arXiv:1412.6980: two moments).
 _MOMENTS = {"adamw": 2, "sgd": 1}
@@ -66,10 +66,9 @@ class ShareClass(NamedTuple):
 
 
 def shard_elements(shape: tuple[int, ...], sdp: int, degree: int) -> int:
-    """Elements at coordinate `sdp` of a tensor whose dimension 0 is cut as `torch.chunk` cuts: all parts of
-    ceil(rows / degree) rows, until there are no more."""
-    rows = -(-shape[0] // degree)
-    return max(0, min(rows, shape[0] - sdp * rows)) * math.prod(shape[1:])
+    """Elements at coordinate `sdp` of a tensor whose dimension 0 is shared out."""
+    start, stop = shared_rows(shape[0], sdp, degree)
+    return (stop - start) * math.prod(shape[1:])
 
 
 def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:

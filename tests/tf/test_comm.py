@@ -26,7 +26,7 @@ DTYPES = (tf.float32, tf.bfloat16, tf.float16)
 HOME = Path(inspect.getfile(mpsdk_tf)).parent
 
 
-def group_of(place: Place, purpose: str = "test") -> comm.Group:
+def group_of(place: Place, purpose: str = "world") -> comm.Group:
     make = comm.GroupMaker(str(place.store), place.rank, place.world_size)
     return make.group(purpose, range(place.world_size))
 
@@ -77,8 +77,10 @@ def passed_on(place: Place, dtype: tf.DType) -> Any:
 
     @tf.function(autograph=False)
     def program(tensor: comm.Tensor) -> comm.Tensor:
-        sent = comm.send(tensor, make.link("ring", place.rank, after))
-        received = comm.receive(tf.TensorSpec(tensor.shape, dtype), make.link("ring", before, place.rank))
+        sent = comm.send(tensor, make.link("activations up", place.rank, after))
+        received = comm.receive(
+            tf.TensorSpec(tensor.shape, dtype), make.link("activations up", before, place.rank)
+        )
         with tf.control_dependencies([sent]):
             return tf.identity(received)
 
