@@ -11,9 +11,10 @@ from typing import TypeVar, cast
 from pydantic import ValidationError
 
 from mpsdk.backend import limits_of
-from mpsdk.config import Profile, problems_of
+from mpsdk.config import Profile, Training, problems_of
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.factory import FRAMEWORKS, NAME, Factory, factory_of
+from mpsdk.families.heads import written_labels
 from mpsdk.families.read import ReadModel, read_model
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.launch import Launcher, get_launcher
@@ -34,8 +35,11 @@ def collect(problems: list[Problem], make: Callable[[], T], *, prefix: str = "")
         return None
 
 
-def model_argument(model: object, framework: str) -> ReadModel | Factory:
-    """The family, configuration and spec of `model`, without its weights; or the callable that makes it."""
+def model_argument(model: object, framework: str, training: Training | None) -> ReadModel | Factory:
+    """The family, configuration and spec of `model`, without its weights; or the callable that makes it.
+
+    `training`: whose objective chooses the head; None: there is none to go by, since it has problems of its own.
+    """
     families = "give a Hugging Face directory or configuration of a known family, or a TransformerSpec"
     if isinstance(model, os.PathLike):
         model = os.fspath(cast("os.PathLike[str]", model))
@@ -51,7 +55,15 @@ def model_argument(model: object, framework: str) -> ReadModel | Factory:
         if framework in FRAMEWORKS:
             families += ", or a callable that makes a model"
         raise _refusal("model", kind, f"an object of this type can't be trained yet; {families}")
-    read = read_model(cast("str | Mapping[str, object] | TransformerSpec", model), weights=False)
+    names = training.labels if training else None
+    read = read_model(
+        cast("str | Mapping[str, object] | TransformerSpec", model),
+        objective=training.objective if training else None,
+        labels=len(names) if names else None,
+        weights=False,
+    )
+    if names:
+        read.hf_config.update(written_labels(names))
     try:
         return read._replace(hf_config=json.loads(json.dumps(read.hf_config)))
     except (TypeError, ValueError) as error:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, NDArray[np.int32]]
 """One data rank's rows of a step: `input_ids` and `labels`, each of shape
-(accumulation, microbatches, microbatch size, sequence length); label -100 is ignored."""
+(accumulation, microbatches, microbatch size, sequence length); label -100 is ignored. Labels of sequences have no last
+dimension. Where rows are padded, `attention_mask` of `input_ids`' shape, 0 at padding; where the model knows types of tokens,
+`token_type_ids`."""
 
 IGNORED_LABEL = -100
 WEIGHT = "weight"
@@ -91,6 +93,16 @@ class TensorSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One batch evaluated, over all data ranks: the sum of losses, how many labels they are of, and, of a classifier, how many
+    labels of each class (row) it took for each class (column)."""
+
+    loss: float
+    count: float
+    confusion: NDArray[np.int64] | None = None
+
+
 class StepResult(Protocol):
     """A step under way. Nothing is read back from the device until `read` is called, by all ranks together."""
 
@@ -133,8 +145,8 @@ class Backend(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
-        """Sum of token losses and number of valid tokens over all data ranks, without training."""
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
+        """Over all data ranks, without training."""
         ...
 
     def shards(self) -> RankState:

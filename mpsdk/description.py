@@ -47,6 +47,7 @@ class TensorDescription(BaseModel):
     unit: str | None = None
     decay: bool = True  # weight decay applies (not to biases and norms)
     trainable: bool = True
+    of_heads: bool = False  # whole on every tensor-parallel rank, which uses it for its own heads alone
     initial: Initial
     tied_to: str | None = None  # the canonical name of the owner, when this is the same tensor
 
@@ -54,6 +55,11 @@ class TensorDescription(BaseModel):
     def cut_dimension(self) -> int | None:
         """The dimension that tensor parallelism cuts, None when replicated."""
         return {"vocab": 0, "column": 0, "row": 1, "replicated": None}[self.role]
+
+    def sums_gradient(self, *, sequence_parallel: bool) -> bool:
+        """Whether a tensor-parallel rank finds a part of its gradient only: it is used for a part of the heads, or, under
+        sequence parallelism, of the sequence."""
+        return self.cut_dimension is None and (self.of_heads or sequence_parallel)
 
     @property
     def elements(self) -> int:

@@ -107,9 +107,9 @@ class Estimator:
             *framework_problems(framework),
             *callback_problems(callbacks),
         ]
-        read = None if model is None else collect(problems, lambda: model_argument(model, framework))
         spread = collect(problems, lambda: Distribution.parse(distribution or {}))
         how = collect(problems, lambda: Training.parse(training or {}), prefix="training.")
+        read = None if model is None else collect(problems, lambda: model_argument(model, framework, how))
         where = collect(problems, lambda: launcher_argument(launcher))
         measured = collect(problems, lambda: profile_argument(profile), prefix="profile.")
         if problems:
@@ -305,7 +305,10 @@ class Estimator:
             return {"import_from": read.directory}
         if isinstance(model, (str, os.PathLike)):
             # Again, for the weights of a model on the hub, which `plan` does without.
-            read = read_model(os.fspath(cast("str | os.PathLike[str]", model)))
+            directory = read_model(
+                os.fspath(cast("str | os.PathLike[str]", model)), objective=self.training.objective
+            ).directory
+            read = read._replace(directory=directory)
         return {
             "model_directory": None if read.directory is None else str(read.directory.resolve()),
             "pretrained": read.directory is not None and has_weights(read.directory),

@@ -135,6 +135,22 @@ class Plan(BaseModel):
         pp = self.topology.coordinates(rank).pp
         return tuple(stage for stage, owner in enumerate(self.schedule.stage_rank) if owner == pp)
 
+    @property
+    def batch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of a data rank's batch, see `mpsdk.backend.Batch`, and their shapes.
+
+        Packed text is never padded; what has labels of its own is.
+        """
+        rows = (self.training.accumulation, self.microbatches, self.microbatch_size)
+        tokens = (*rows, self.training.sequence_length)
+        objective, spec = self.training.objective, self.description.spec
+        shapes = {"input_ids": tokens, "labels": rows if objective == "sequence-classification" else tokens}
+        if objective != "causal-lm":
+            shapes["attention_mask"] = tokens
+            if spec is not None and spec.token_types > 1:
+                shapes["token_type_ids"] = tokens
+        return shapes
+
     # -- what each of them holds ------------------------------------------------------------------------------------
 
     def stage_tensors(self, stage: int, tp: int) -> tuple[LocalTensor, ...]:

@@ -78,7 +78,11 @@ def _with_dropout(description: ModelDescription, probability: float | None) -> M
     if probability is None or description.spec is None:
         return description
     dropout = Dropout(embedding=probability, attention=probability, residual=probability)
-    return description.model_copy(update={"spec": description.spec.model_copy(update={"dropout": dropout})})
+    head = description.spec.head
+    if head.classifies:
+        head = head.model_copy(update={"dropout": probability})
+    spec = description.spec.model_copy(update={"dropout": dropout, "head": head})
+    return description.model_copy(update={"spec": spec})
 
 
 def _data_parallel(distribution: Distribution, world_size: int, problems: list[Problem]) -> int:
@@ -156,8 +160,10 @@ def _model_problems(
             list(pipeline.partition),
             f"adds up to {sum(pipeline.partition)}, and the model has {blocks} blocks",
         )
-    if training.objective != "causal-lm":
-        yield Problem("training.objective", training.objective, "only causal-lm can be trained so far")
+    head = "causal-lm" if description.spec is None else description.spec.head.objective
+    if training.objective != head:
+        remedy = f"the model's head is for {head!r}; set it to that, or give the model another head"
+        yield Problem("training.objective", training.objective, remedy)
     if training.dropout is not None and training.dropout > 0 and description.spec is None:
         yield Problem(
             "training.dropout", training.dropout, "can only be set for a model family; set it in the model"

@@ -76,7 +76,8 @@ class WorkOrder(BaseModel):
         from mpsdk.families.hf import HuggingFaceSource
 
         assert self.model_directory is not None and description.spec is not None
-        return HuggingFaceSource(self.model_directory, family_of(description.spec.family), description.spec)
+        family, seed = family_of(description.spec.family), self.plan.training.seed
+        return HuggingFaceSource(self.model_directory, family, description.spec, seed=seed)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole or not at all: a run that is looked at meanwhile finds the old one or the new."""

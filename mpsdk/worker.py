@@ -211,8 +211,8 @@ class Work:
         total = count = 0.0
         for number, batch in enumerate(evaluation_batches(self.validation, **self._batch_layout)):
             self.place.note(f"evaluation {self.step}: batch {number}")
-            losses, tokens = self.backend.evaluate(batch, step=self.step)
-            total, count = total + losses, count + tokens
+            found = self.backend.evaluate(batch, step=self.step)
+            total, count = total + found.loss, count + found.count
         loss = total / max(count, 1.0)
         self.evaluation = loss, int(count)
         if self.order.mode == "train":

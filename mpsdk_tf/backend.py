@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from mpsdk.backend import Batch, Place, RankState, StepResult, TensorSource
+from mpsdk.backend import Batch, Evaluation, Place, RankState, StepResult, TensorSource
 from mpsdk.config import Precision
 from mpsdk.description import ModelDescription
 from mpsdk.errors import BackendError, ConfigError, Problem
@@ -90,7 +90,7 @@ class TensorFlowBackend:
         trainer = self._ready.trainer
         return measured(directory, trainer.plan, trainer.place, trainer.groups)
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
         return self._ready.trainer.evaluate(batch, step=step)
 
     def shards(self) -> RankState:

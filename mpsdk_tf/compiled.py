@@ -45,6 +45,8 @@ def compile_islands(stage: Transformer) -> None:
             (block.attention_norm, "call"),
             (block.feed_forward_norm, "call"),
         ):
+            if layer is None:
+                continue
             setattr(layer, name, tf.function(getattr(layer, name), autograph=False, jit_compile=True))
 
 

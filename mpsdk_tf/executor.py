@@ -59,15 +59,17 @@ class Executor:
         """
         return self._run(actions, _Pass(self, inputs, seed_gradient))
 
-    def evaluate(self, actions: Sequence[Action], inputs: Callable[[int], Tensor]) -> Tensor:
-        """A forward-only schedule. Gives the sum of the losses of the last stage, zero elsewhere."""
-        return self._run(actions, _Pass(self, inputs, None))
+    def evaluate(
+        self, actions: Sequence[Action], inputs: Callable[[int], Tensor], shape: Sequence[int] = ()
+    ) -> Tensor:
+        """A forward-only schedule. Gives the sum of what the last stage gives, of this shape, zero elsewhere."""
+        return self._run(actions, _Pass(self, inputs, None), shape)
 
-    def _run(self, actions: Sequence[Action], pass_: _Pass) -> Tensor:
+    def _run(self, actions: Sequence[Action], pass_: _Pass, shape: Sequence[int] = ()) -> Tensor:
         for action in actions:
             self.note(f"tracing {action}")
             pass_.do(action)
-        return pass_.finish()
+        return pass_.finish(shape)
 
 
 class _Pass:
@@ -99,9 +101,9 @@ class _Pass:
                 case Kind.RECEIVE_FORWARD | Kind.RECEIVE_BACKWARD:
                     self._receive(action)
 
-    def finish(self) -> Tensor:
+    def finish(self, shape: Sequence[int]) -> Tensor:
         """Join what has been sent; the sum of the losses."""
-        total = tf.add_n(self._losses) if self._losses else tf.zeros((), tf.float32)
+        total = tf.add_n(self._losses) if self._losses else tf.zeros(shape, tf.float32)
         with tf.control_dependencies([*self._before, *self._sends]):
             return tf.identity(total)
 

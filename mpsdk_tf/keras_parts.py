@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -69,12 +69,8 @@ def _names(made: KerasModel, number: int, *, copies: bool) -> tuple[str, ...]:
 def _extras(made: KerasModel, number: int, feed: Feed, *, ends: bool) -> Extras:
     """The seeds of a segment's random layers, if it has any, then the labels, if it ends in the loss."""
     seeds = made.segments[number].seeds
-    sources: list[Callable[[int], list[Tensor]]] = []
-    if seeds:
-        sources.append(feed.seeds_of([Site(number, f"seed {place}", 0) for place in range(len(seeds))]))
-    if ends:
-        sources.append(feed.labels_of)
-    return lambda microbatch: [tensor for source in sources for tensor in source(microbatch)]
+    sites = [Site(number, f"seed {place}", 0) for place in range(len(seeds))]
+    return feed.of(("labels",) if ends else (), sites)
 
 
 def _call(plan: Plan, made: KerasModel, number: int, groups: Groups, *, training: bool, ends: bool) -> Call:

@@ -1,13 +1,15 @@
-"""Cross-entropy over a vocabulary that is cut over a tensor-parallel group. Logits are never gathered."""
+"""What a batch's labels say of the logits: cross-entropy over a vocabulary that is cut over a tensor-parallel group, whose
+logits are never gathered, or over classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import tensorflow as tf
 
 from mpsdk.backend import IGNORED_LABEL
-from mpsdk_tf.comm import TensorGroup, all_reduce
+from mpsdk_tf.comm import TensorGroup, all_reduce, leave_parallel
 from mpsdk_tf.tensor import Tensor
 
 
@@ -58,3 +60,43 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group:
         return loss, backward
 
     return call(logits)
+
+
+def class_cross_entropy_sum(
+    logits: Tensor, labels: Tensor, *, group: TensorGroup, with_confusion: bool = False
+) -> Tensor:
+    """Sum of the losses of a classifier, in fp32; a label of -100 adds nothing.
+
+    Shapes: logits (..., classes), labels (...), of which this rank has its own under sequence parallelism (`own_labels`); a
+    scalar, equal on all ranks of the group. `with_confusion`: a vector, the scalar and then, row by row, how many of each
+    class the logits take for each class.
+    """
+    classes = logits.shape[-1]
+    logits, labels = tf.cast(tf.reshape(logits, (-1, classes)), tf.float32), tf.reshape(labels, (-1,))
+    used = tf.cast(labels != IGNORED_LABEL, tf.float32)
+    known = tf.where(labels != IGNORED_LABEL, labels, 0)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=known, logits=logits)
+    total = tf.reduce_sum(losses * used)
+    if with_confusion:
+        rows = tf.one_hot(known, classes) * used[:, tf.newaxis]
+        found = tf.one_hot(tf.argmax(logits, axis=-1), classes)
+        counts = tf.matmul(rows, tf.stop_gradient(found), transpose_a=True)
+        total = tf.concat([[total], tf.reshape(counts, (-1,))], axis=0)
+    return (
+        leave_parallel(total, replace(group, sequence_parallel=False)) if group.sequence_parallel else total
+    )
+
+
+def own_labels(labels: Tensor, pooled: Tensor | None, *, length: int, group: TensorGroup) -> Tensor:
+    """The labels that this rank's logits are for, under sequence parallelism: of the tokens of its part of the sequence.
+
+    Shapes: labels (batch, length), and this rank's part of them; or (batch,) with `pooled`, (batch,), the tokens that they
+    are of: -100 where that lies in another part.
+    """
+    if not group.sequence_parallel:
+        return labels
+    part = length // group.size
+    start = group.rank * part
+    if pooled is None:
+        return labels[:, start : start + part]
+    return tf.where((pooled >= start) & (pooled < start + part), labels, IGNORED_LABEL)

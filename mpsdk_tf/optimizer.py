@@ -150,11 +150,15 @@ class ShardedOptimizer:
             gradients |= dict.fromkeys(copies, total)
 
     def _sum_split(self, gradients: dict[str, Tensor]) -> None:
-        """Under sequence parallelism a replicated parameter sees only a part of the sequence on each rank."""
+        """A replicated parameter may see only a part of the sequence, or of the heads, on each tensor-parallel rank."""
         group = self.groups.tensor
-        if group.handle is not None and group.sequence_parallel:
-            replicated = [item.name for item in self._updated if item.planned.tensor.cut_dimension is None]
-            _all_reduce_flat(gradients, replicated, group.handle)
+        if group.handle is not None:
+            split = [
+                item.name
+                for item in self._updated
+                if item.planned.tensor.sums_gradient(sequence_parallel=group.sequence_parallel)
+            ]
+            _all_reduce_flat(gradients, split, group.handle)
 
     def _global_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The 2-norm of the whole model's gradient, each element counted by its one owner."""

@@ -12,9 +12,10 @@ from mpsdk_tf.compiled import compile_islands, compiles_pieces, is_compiled
 from mpsdk_tf.graph import Call, Piece
 from mpsdk_tf.keras_model import KerasModel
 from mpsdk_tf.keras_parts import keras_parts
-from mpsdk_tf.loss import cross_entropy_sum
+from mpsdk_tf.loss import class_cross_entropy_sum, cross_entropy_sum, own_labels
 from mpsdk_tf.parameters import Held
 from mpsdk_tf.precision import COMPUTE_DTYPES, layers_of
+from mpsdk_tf.reach import pooled_index
 from mpsdk_tf.recompute import keep_of
 from mpsdk_tf.sharded import Unit
 from mpsdk_tf.stage import Feed, Part, Stage
@@ -88,70 +89,100 @@ def _transformer_parts(
     if is_compiled(plan) and not compiles_pieces(plan):
         compile_islands(model)
     training = _parts(plan, model, unit_of, groups, feed, training=True)
-    if not spec.dropout.any:
-        return training, training
-    return training, _parts(plan, model, unit_of, groups, feed, training=False)
+    if spec.drops:
+        return training, _parts(plan, model, unit_of, groups, feed, training=False)
+    if spec.head.classifies and model.head is not None:  # which counts its confusions in evaluation
+        return training, [*training[:-1], _head_part(plan, model, unit_of, groups, feed, training=False)]
+    return training, training
 
 
 def _parts(
     plan: Plan, model: Transformer, unit_of: dict[str, int], groups: Groups, feed: Feed, *, training: bool
 ) -> list[Part]:
-    """The pieces of `model` in order. Blocks share one piece, whose weights are its arguments."""
-    spec = model.spec
+    """The pieces of `model` in order. Blocks share a piece, whose weights are its arguments, with those of their window."""
+    spec, arrays = model.spec, plan.batch_shapes
     compiled, split = compiles_pieces(plan), plan.schedule.splits_backward
     turns = model.head is not None and plan.schedule.turns_at_once
     parts: list[Part] = []
     if model.embedding is not None:
-        names, call = _call(model.embedding, "embedding.", training=training)
-        dropped = training and spec.dropout.embedding > 0
-        extras = feed.seeds_of(model.embedding.sites) if dropped else _nothing
+        taken = [name for name in ("token_type_ids",) if name in arrays]
+        sites = model.embedding.sites if training and spec.dropout.embedding > 0 else ()
+        names, call = _call(model.embedding, "embedding.", taken, seeded=bool(sites), training=training)
         piece = Piece("embedding", call, compiled=compiled)
-        parts.append(Part(piece, unit_of[names[0]], names, extras, stays=model.tied_here and turns))
-    first = next(iter(model.blocks.values()))
-    relative, call = _call(first, "", training=training)
-    recompute = plan.distribution.activation_checkpointing
-    piece = Piece("block", call, keep=keep_of(recompute), compiled=compiled, split=split)
+        stays = model.tied_here and turns
+        parts.append(Part(piece, unit_of[names[0]], names, feed.of(taken, sites), stays=stays))
     dropped = training and (spec.dropout.attention > 0 or spec.dropout.residual > 0)
+    taken = [name for name in ("attention_mask",) if name in arrays]
+    recompute = plan.distribution.activation_checkpointing
+    pieces: dict[int | None, tuple[tuple[str, ...], Piece]] = {}
     for number, block in model.blocks.items():
+        if block.window not in pieces:
+            relative, call = _call(block, "", taken, seeded=dropped, training=training)
+            name = "block" if block.window is None else f"block with window {block.window}"
+            piece = Piece(name, call, keep=keep_of(recompute), compiled=compiled, split=split)
+            pieces[block.window] = relative, piece
+        relative, piece = pieces[block.window]
         names = tuple(f"blocks.{number}.{name}" for name in relative)
-        extras = feed.seeds_of(block.sites) if dropped else _nothing
+        extras = feed.of(taken, block.sites if dropped else ())
         stays = turns and block is list(model.blocks.values())[-1]
         parts.append(Part(piece, unit_of[names[0]], names, extras, stays=stays, offloads=recompute.offload))
     if model.head is not None:
-        names, call = _loss_call(plan, model, groups)
-        piece = Piece("head", call, compiled=compiled, split=split)
-        parts.append(Part(piece, unit_of[names[0]], names, feed.labels_of, stays=turns))
+        parts.append(_head_part(plan, model, unit_of, groups, feed, training=training))
     return parts
 
 
-def _nothing(microbatch: int) -> list[Tensor]:
-    return []
+def _head_part(
+    plan: Plan, model: Transformer, unit_of: dict[str, int], groups: Groups, feed: Feed, *, training: bool
+) -> Part:
+    """The head and the loss after it."""
+    assert model.head is not None
+    sites = model.head.sites if training and model.spec.head.dropout > 0 else ()
+    taken = [name for name in ("labels", "attention_mask") if name in plan.batch_shapes]
+    names, call = _loss_call(plan, model, groups, taken, seeded=bool(sites), training=training)
+    piece = Piece("head", call, compiled=compiles_pieces(plan), split=plan.schedule.splits_backward)
+    stays = plan.schedule.turns_at_once
+    return Part(piece, unit_of[names[0]], names, feed.of(taken, sites), stays=stays)
 
 
-def _call(layer: keras.layers.Layer, prefix: str, *, training: bool) -> tuple[tuple[str, ...], Call]:
-    """The names of the weights of `layer`, and the layer as a function of them, its input, and its seeds."""
+def _call(
+    layer: keras.layers.Layer, prefix: str, arrays: Sequence[str], *, seeded: bool, training: bool
+) -> tuple[tuple[str, ...], Call]:
+    """The names of the weights of `layer`, and the layer as a function of them, its input, its seeds and `arrays`."""
     named = dict(named_parameters(layer, prefix))
+    known = ("seeds", *arrays) if seeded else tuple(arrays)
 
     def call(parameters: list[Tensor], hidden: Tensor, extras: list[Tensor]) -> Tensor:
         with _weights(named, parameters):
-            return layer(hidden, extras[0] if extras else None, training=training)
+            return layer(hidden, **dict(zip(known, extras, strict=True)), training=training)
 
     return tuple(named), call
 
 
-def _loss_call(plan: Plan, model: Transformer, groups: Groups) -> tuple[tuple[str, ...], Call]:
-    """The head and the loss after it, as a function of weights, hidden states and labels."""
-    head, vocab_size = model.head, plan.description.vocab_size
-    assert head is not None and vocab_size is not None
+def _loss_call(
+    plan: Plan, model: Transformer, groups: Groups, arrays: Sequence[str], *, seeded: bool, training: bool
+) -> tuple[tuple[str, ...], Call]:
+    """The head and the loss after it, as a function of weights, hidden states, seeds and `arrays`."""
+    head, spec, length = model.head, model.spec, plan.training.sequence_length
+    assert head is not None
     named = dict(named_parameters(head, "head."))
     names = tuple(named)
     if model.tied_here:
         names = (*names, "embedding.tokens.weight")
+    known = ("seeds", *arrays) if seeded else tuple(arrays)
 
     def call(parameters: list[Tensor], hidden: Tensor, extras: list[Tensor]) -> Tensor:
+        given = dict(zip(known, extras, strict=True))
+        labels, pooled = given["labels"], None
+        if spec.head.objective == "sequence-classification":
+            pooled = pooled_index(spec, given.get("attention_mask"), length, plan.microbatch_size)
         with _weights(named, parameters[: len(named)]):
-            logits = head(hidden, parameters[-1] if model.tied_here else None)
-        return cross_entropy_sum(logits, extras[0], vocab_size=vocab_size, group=groups.tensor)
+            tied = parameters[-1] if model.tied_here else None
+            seed = given["seeds"][0] if seeded else None
+            logits = head(hidden, tied, seed, pooled, training=training)
+        if not spec.head.classifies:
+            return cross_entropy_sum(logits, labels, vocab_size=spec.vocab_size, group=groups.tensor)
+        labels = own_labels(labels, pooled, length=length, group=groups.tensor)
+        return class_cross_entropy_sum(logits, labels, group=groups.tensor, with_confusion=not training)
 
     return names, call
 

@@ -18,22 +18,26 @@ Extras = Callable[[int], list[Tensor]]
 
 
 class Feed:
-    """What the parts of a stage take beside their input, for the microbatches of the pass that is being traced."""
+    """What the parts of a stage take beside their input, for the microbatches of the pass that is being traced.
+
+    `arrays`: the batch's, by name, each a function of a microbatch's number.
+    """
 
     def __init__(self) -> None:
-        self.labels: Callable[[int], Tensor] | None = None
+        self.arrays: dict[str, Callable[[int], Tensor]] = {}
         self.moment: Callable[[int], Moment] | None = None
 
-    def labels_of(self, microbatch: int) -> list[Tensor]:
-        assert self.labels is not None
-        return [self.labels(microbatch)]
+    def of(self, names: Sequence[str], sites: Sequence[Site] = ()) -> Extras:
+        """The seeds of `sites`, if there are any, then the batch's arrays called `names`."""
 
-    def seeds_of(self, sites: Sequence[Site]) -> Extras:
-        def seeds(microbatch: int) -> list[Tensor]:
+        def extras(microbatch: int) -> list[Tensor]:
+            found = [self.arrays[name](microbatch) for name in names]
+            if not sites:
+                return found
             assert self.moment is not None
-            return [seeds_at(self.moment(microbatch), sites)]
+            return [seeds_at(self.moment(microbatch), sites), *found]
 
-        return seeds
+        return extras
 
 
 @dataclass(frozen=True)

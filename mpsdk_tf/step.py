@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import tensorflow as tf
 
-from mpsdk.backend import IGNORED_LABEL, Batch, Place
+from mpsdk.backend import IGNORED_LABEL, Batch, Evaluation, Place
 from mpsdk.errors import BackendError
 from mpsdk.plan import Plan
 from mpsdk.profile import REDUCTION, TOKEN_COUNT, UPDATE
@@ -67,19 +67,18 @@ class Trainer:
             reduction=self._reduction,
             note=self._note,
         )
-        training = plan.training
-        rows = (training.accumulation, plan.microbatches, plan.microbatch_size, training.sequence_length)
-        ids, scalar = tf.TensorSpec(rows, tf.int32), tf.TensorSpec((), tf.float32)
-        self.batch_shape = rows
+        scalar = tf.TensorSpec((), tf.float32)
+        arrays = [tf.TensorSpec(shape, tf.int32, name) for name, shape in plan.batch_shapes.items()]
+        self._classes = 0 if plan.description.spec is None else plan.description.spec.head.labels
         self.train_program = tf.function(
             self._train,
-            input_signature=[ids, ids, tf.TensorSpec((), tf.int64), scalar],
+            input_signature=[arrays, tf.TensorSpec((), tf.int64), scalar],
             autograph=False,
             jit_compile=True if compiles_step(plan) else None,
         )
         self.evaluation_program = tf.function(
             self._evaluate,
-            input_signature=[ids, ids],
+            input_signature=[arrays],
             autograph=False,
             jit_compile=True if compiles_step(plan) else None,
         )
@@ -90,22 +89,26 @@ class Trainer:
         self._traced: set[str] = set()
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
-        """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
+        """Train on `batch`, see `mpsdk.backend.Batch`."""
         self._step = step
         inputs = self._take(batch)
         with self._running(self.train_program, "training"):
             loss, norm, scale = self.train_program(
-                *inputs, tf.constant(step, tf.int64), tf.constant(learning_rate, tf.float32)
+                inputs, tf.constant(step, tf.int64), tf.constant(learning_rate, tf.float32)
             )
         return PendingStep(self, loss=loss, norm=norm, loss_scale=scale)
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
-        """Sum of token losses and count of valid tokens over all data ranks."""
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
+        """See `mpsdk.backend.Backend.evaluate`."""
         self._step = step
         inputs = self._take(batch)
         with self._running(self.evaluation_program, "evaluating"):
-            total, count = self.evaluation_program(*inputs)
-            return float(total), float(count)
+            totals, count = self.evaluation_program(inputs)
+            if not self._classes:
+                return Evaluation(float(totals), float(count))
+            found = totals.numpy()
+        confusion = found[1:].reshape(self._classes, self._classes).astype(np.int64)
+        return Evaluation(float(found[0]), float(count), confusion)
 
     def report(self, loss: Tensor, largest: Sequence[float]) -> tuple[float, list[float]]:
         """The sum of `loss` over data ranks, and the largest of the other values over all ranks."""
@@ -129,10 +132,11 @@ class Trainer:
     # -- the programs -----------------------------------------------------------------------------------------------
 
     def _train(
-        self, ids: Tensor, labels: Tensor, step: Tensor, learning_rate: Tensor
+        self, arrays: list[Tensor], step: Tensor, learning_rate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         self._note("tracing the training program")
-        count = self._count_tokens(labels)
+        batch = dict(zip(self.plan.batch_shapes, arrays, strict=True))
+        count = self._count_tokens(batch["labels"])
         divisor = tf.maximum(count, 1.0)
         scale = self.optimizer.loss_scale.scale.read_value()
         for stage in self.stages.values():
@@ -141,7 +145,7 @@ class Trainer:
         actions = self.plan.actions(self.place.rank)
 
         def run(number: int | Tensor, sums: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            read = self._feed_from(ids[number], labels[number], step, number)
+            read = self._feed_from(batch, step, number)
             self._reduction.begin(sums)
             total = self._executor.run(actions, read, scale / divisor)
             return total, self._reduction.sums
@@ -165,18 +169,21 @@ class Trainer:
             norm = self.optimizer.step(gradients, learning_rate)
         return total / divisor, norm, scale
 
-    def _evaluate(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, arrays: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The sum of losses, of a classifier with its confusions after it, and the count of valid labels."""
         self._note("tracing the evaluation program")
-        count = self._count_tokens(labels)
+        batch = dict(zip(self.plan.batch_shapes, arrays, strict=True))
+        shape = (1 + self._classes**2,) if self._classes else ()
+        count = self._count_tokens(batch["labels"])
         for stage in self.stages.values():
             stage.begin()
         actions = self.plan.evaluation_schedule.actions[self.groups.coordinates.pp]
 
         def once_more(number: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-            read = self._feed_from(ids[number], labels[number], tf.zeros((), tf.int64), number)
-            return number + 1, total + self._executor.evaluate(actions, read)
+            read = self._feed_from(batch, tf.zeros((), tf.int64), number)
+            return number + 1, total + self._executor.evaluate(actions, read, shape)
 
-        start = (tf.constant(0), tf.zeros((), tf.float32))
+        start = (tf.constant(0), tf.zeros(shape, tf.float32))
         passes = self.plan.training.accumulation
         _, total = tf.while_loop(lambda number, _: number < passes, once_more, start, parallel_iterations=1)
         return self._sum_over_world(total), count
@@ -199,9 +206,9 @@ class Trainer:
             return tf.cast(all_reduce(count, self.groups.data), tf.float32)
 
     def _feed_from(
-        self, ids: Tensor, labels: Tensor, step: Tensor, number: int | Tensor
+        self, batch: Mapping[str, Tensor], step: Tensor, number: int | Tensor
     ) -> Callable[[int], Tensor]:
-        """Have parts read their labels and moments of pass `number`; gives where the first stage reads its ids."""
+        """Have parts read their arrays and moments of pass `number`; gives where the first stage reads its ids."""
         plan, data_rank = self.plan, self.plan.topology.data_rank(self.place.rank)
 
         def moment(microbatch: int) -> Moment:
@@ -209,9 +216,13 @@ class Trainer:
             of_pass = (number * plan.data_size + data_rank) * plan.microbatches
             return Moment(plan.training.seed, step, of_pass + microbatch)
 
-        self._feed.labels = lambda microbatch: labels[microbatch]
+        def rows_of(array: Tensor) -> Callable[[int], Tensor]:
+            of_pass = array[number]
+            return lambda microbatch: of_pass[microbatch]
+
+        self._feed.arrays = {name: rows_of(array) for name, array in batch.items()}
         self._feed.moment = moment
-        return lambda microbatch: ids[microbatch]
+        return self._feed.arrays["input_ids"]
 
     def _note(self, activity: str) -> None:
         self.place.note(f"step {self._step}: {activity}")
@@ -223,10 +234,12 @@ class Trainer:
 
         Raises BackendError for another shape: a rank that ran another program than the rest would wait for ever.
         """
-        for name in ("input_ids", "labels"):
-            if batch[name].shape != self.batch_shape:
+        shapes = self.plan.batch_shapes
+        for name, shape in shapes.items():
+            found = batch[name].shape if name in batch else None
+            if found != shape:
                 raise BackendError(
-                    f"rank {self.place.rank} got {name} of shape {batch[name].shape}, and its plan has {self.batch_shape} "
+                    f"rank {self.place.rank} got {name} of shape {found}, and its plan has {shape} "
                     "(accumulation, microbatches, microbatch size, length); pad or drop what does not fill a batch"
                 )
         if not self._agreed:
@@ -234,9 +247,7 @@ class Trainer:
             agree(self.plan, self.place, self.groups, self._digest)
             self._agreed = True
         with tf.device(self.groups.device):
-            return [
-                tf.constant(np.ascontiguousarray(batch[name]), tf.int32) for name in ("input_ids", "labels")
-            ]
+            return [tf.constant(np.ascontiguousarray(batch[name]), tf.int32) for name in shapes]
 
 
 class PendingStep:

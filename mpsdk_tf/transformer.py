@@ -14,55 +14,84 @@ import tensorflow as tf
 from mpsdk.families.spec import TransformerSpec
 from mpsdk_tf.comm import TensorGroup
 from mpsdk_tf.dropout import Site, dropout
-from mpsdk_tf.nn import Attention, DistributedEmbedding, DistributedOutput, FeedForward, Norm
+from mpsdk_tf.head import Head
+from mpsdk_tf.nn import Attention, DistributedEmbedding, FeedForward, Norm
 from mpsdk_tf.nn.attention import RotaryTable
+from mpsdk_tf.nn.embedding import lookup
+from mpsdk_tf.nn.linear import sizes
+from mpsdk_tf.reach import pooled_index, reach
 from mpsdk_tf.tensor import Tensor
 
 
 class Embedding(keras.layers.Layer):
-    """Token embedding plus learned positions, if any. (batch, length) -> (batch, length or its part, width).
+    """The sum of a token's embedding, its position's and its type's, as far as there are any; normed, if so, and dropped.
 
+    (batch, length) -> (batch, length or its part, width).
     `seeds` has a row for each of `sites`; None: dropout, if any, takes TensorFlow's own.
     """
 
     def __init__(self, spec: TransformerSpec, vocab_rows: int, group: TensorGroup) -> None:
         super().__init__(autocast=False)
-        self.group, self.dropout = group, spec.dropout.embedding
+        self.group, self.dropout, self.padding = group, spec.dropout.embedding, spec.position_padding
         self.sites = (Site(-1, "embedding", group.rank if group.sequence_parallel else 0),)
         self.tokens = DistributedEmbedding(vocab_rows, spec.hidden_size, group=group)
-        self.positions = Positions(spec) if spec.positions == "learned" else None
+        self.positions = Table(spec.position_rows, spec) if spec.positions == "learned" else None
+        self.token_types = Table(spec.token_types, spec) if spec.token_types else None
+        norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
+        self.norm = norm if spec.embedding_norm else None
         self.built = True
 
-    def call(self, ids: Tensor, seeds: Tensor | None = None, training: bool = False) -> Tensor:
+    def call(
+        self,
+        ids: Tensor,
+        seeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        training: bool = False,
+    ) -> Tensor:
         hidden = self.tokens(ids)
+        part = hidden.shape[1]
+        start = self.group.rank * part if self.group.sequence_parallel else 0
+        own = slice(start, start + part) if self.group.sequence_parallel else slice(0, part)
         if self.positions is not None:
-            part = hidden.shape[1]
-            start = self.group.rank * part if self.group.sequence_parallel else 0
-            hidden = hidden + self.positions.rows(start, part)
+            hidden = hidden + self._positions(tf.convert_to_tensor(self.positions.weight), ids, own)
+        if self.token_types is not None:
+            table = tf.convert_to_tensor(self.token_types.weight)
+            hidden = hidden + (table[0] if token_type_ids is None else lookup(table, token_type_ids[:, own]))
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         return dropout(hidden, self.dropout, _row(seeds, 0), training=training)
 
+    def _positions(self, table: Tensor, ids: Tensor, own: slice) -> Tensor:
+        """The rows of `table` for this rank's part of the sequence."""
+        if self.padding is None:
+            return table[own]
+        stands = tf.cast(ids != self.padding, tf.int32)
+        return lookup(table, (tf.cumsum(stands, axis=1) * stands)[:, own] + self.padding)
 
-class Positions(keras.layers.Layer):
-    """Learned positions: rows [start, start + length) of a table of `max_positions` rows."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+class Table(keras.layers.Layer):
+    """`rows` vectors, whole on every rank."""
+
+    def __init__(self, rows: int, spec: TransformerSpec) -> None:
         super().__init__(autocast=False)
-        shape = (spec.max_positions, spec.hidden_size)
+        shape = (rows, spec.hidden_size)
         self.weight = self.add_weight(name="weight", shape=shape, initializer="zeros")
         self.built = True
 
-    def rows(self, start: int, length: int) -> Tensor:
-        return tf.convert_to_tensor(self.weight)[start : start + length]
-
 
 class Block(keras.layers.Layer):
-    """One pre-norm transformer layer: attention and feed-forward, each added to the residual stream."""
+    """One transformer layer: attention and feed-forward, each added to the residual stream; where the norms stand, and whether
+    the two follow each other, is the spec's.
+
+    `window`: how many tokens can be reached from each, itself the first; None: all.
+    """
 
     def __init__(
         self, spec: TransformerSpec, block: int, group: TensorGroup, rotary: RotaryTable | None
     ) -> None:
         super().__init__(autocast=False)
         part = group.rank if group.sequence_parallel else 0
+        self.spec, self.group, self.window = spec, group, spec.window(block)
         self.dropout = spec.dropout.residual
         self.sites = (
             Site(block, "attention", group.rank),
@@ -71,28 +100,42 @@ class Block(keras.layers.Layer):
         )
         self.attention_norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
         self.attention = Attention(spec, group, rotary)
-        self.feed_forward_norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
+        self.feed_forward_norm = None
+        if spec.residual != "parallel-one-norm":
+            self.feed_forward_norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
         self.feed_forward = FeedForward(spec, group)
         self.built = True
 
-    def call(self, hidden: Tensor, seeds: Tensor | None = None, training: bool = False) -> Tensor:
-        branch = self.attention(self.attention_norm(hidden), _row(seeds, 0), training=training)
-        hidden = hidden + dropout(branch, self.dropout, _row(seeds, 1), training=training)
-        branch = self.feed_forward(self.feed_forward_norm(hidden))
-        return hidden + dropout(branch, self.dropout, _row(seeds, 2), training=training)
+    def call(
+        self,
+        hidden: Tensor,
+        seeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        length = sizes(hidden)[1] * (self.group.size if self.group.sequence_parallel else 1)
+        mask = reach(self.spec, self.window, length, attention_mask)
 
+        def attend(hidden: Tensor) -> Tensor:
+            branch = self.attention(hidden, mask, _row(seeds, 0), training=training)
+            return dropout(branch, self.dropout, _row(seeds, 1), training=training)
 
-class Head(keras.layers.Layer):
-    """Final norm and output projection: hidden states -> logits over this rank's rows of the padded vocabulary."""
+        def feed_forward(hidden: Tensor) -> Tensor:
+            return dropout(self.feed_forward(hidden), self.dropout, _row(seeds, 2), training=training)
 
-    def __init__(self, spec: TransformerSpec, vocab_rows: int, group: TensorGroup, *, tied: bool) -> None:
-        super().__init__(autocast=False)
-        self.norm = Norm(spec.hidden_size, kind=spec.norm, epsilon=spec.norm_epsilon)
-        self.output_projection = DistributedOutput(vocab_rows, spec.hidden_size, group=group, tied=tied)
-        self.built = True
-
-    def call(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        return self.output_projection(self.norm(hidden), tied_weight)
+        if self.spec.norm_position == "after":
+            assert self.feed_forward_norm is not None
+            hidden = self.attention_norm(hidden + attend(hidden))
+            return self.feed_forward_norm(hidden + feed_forward(hidden))
+        normed = self.attention_norm(hidden)
+        branch = attend(normed)
+        if self.spec.residual == "sequential":
+            hidden = hidden + branch
+        if self.feed_forward_norm is not None:
+            normed = self.feed_forward_norm(hidden)
+        if self.spec.residual != "sequential":
+            hidden = hidden + branch
+        return hidden + feed_forward(normed)
 
 
 class Transformer(keras.Model):
@@ -103,7 +146,9 @@ class Transformer(keras.Model):
             them out.
 
     Call: ids (batch, length) if first, else hidden states (batch, length or its part, width); gives hidden states,
-    or, if last, logits (batch, length, vocab_rows / t).
+    or, if last, logits: (batch, length, vocab_rows / t) of a language model, (batch, length or its part, labels) of a
+    classifier of tokens, (batch, labels) of one of sequences. `attention_mask` and `token_type_ids`, (batch, length), are of
+    the whole sequence on every stage; None: nothing is padded, all tokens are of type 0.
     """
 
     def __init__(
@@ -121,21 +166,34 @@ class Transformer(keras.Model):
         rows = vocab_rows or spec.vocab_size
         start, stop = blocks or (0, spec.blocks)
         rotary = RotaryTable(spec) if spec.positions == "rotary" else None
-        self.spec = spec
+        self.spec, self.group = spec, group
         self.embedding = Embedding(spec, rows, group) if first else None
         self.blocks = {str(block): Block(spec, block, group, rotary) for block in range(start, stop)}
         self.tied_here = spec.tied and first and last
         self.head = Head(spec, rows, group, tied=self.tied_here) if last else None
         self.built = True
 
-    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
-        hidden = inputs if self.embedding is None else self.embedding(inputs, training=training)
+    def call(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        hidden = inputs
+        if self.embedding is not None:
+            hidden = self.embedding(inputs, token_type_ids=token_type_ids, training=training)
         for block in self.blocks.values():
-            hidden = block(hidden, training=training)
+            hidden = block(hidden, attention_mask=attention_mask, training=training)
         if self.head is None:
             return hidden
         tied = self.embedding.tokens.weight if self.tied_here and self.embedding is not None else None
-        return self.head(hidden, tied)
+        pooled = None
+        if self.spec.head.objective == "sequence-classification":
+            batch, part, _ = sizes(hidden)
+            length = part * (self.group.size if self.group.sequence_parallel else 1)
+            pooled = pooled_index(self.spec, attention_mask, length, batch)
+        return self.head(hidden, tied, pooled=pooled, training=training)
 
 
 def named_parameters(layer: keras.layers.Layer, prefix: str = "") -> Iterator[tuple[str, keras.Variable]]:

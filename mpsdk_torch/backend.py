@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mpsdk.backend import Batch, Place, RankState, StepResult, TensorSource
+from mpsdk.backend import Batch, Evaluation, Place, RankState, StepResult, TensorSource
 from mpsdk.description import ModelDescription
 from mpsdk.errors import BackendError, ConfigError, Problem
 from mpsdk.families import FAMILIES
@@ -63,7 +63,7 @@ class TorchBackend:
         trainer, device = self._ready.trainer, self._ready.groups.device
         return measured(directory, trainer.place, device, trainer.watched_by)
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
         return self._ready.trainer.evaluate(batch, step=step)
 
     def shards(self) -> RankState:

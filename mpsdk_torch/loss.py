@@ -1,15 +1,18 @@
-"""Cross-entropy over a vocabulary that is cut over a tensor-parallel group. Logits are never gathered."""
+"""What a batch's labels say of the logits: cross-entropy over a vocabulary that is cut over a tensor-parallel group, whose
+logits are never gathered, or over classes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as functional
 from torch import Tensor
 
 from mpsdk.backend import IGNORED_LABEL
-from mpsdk_torch.comm import TensorGroup
+from mpsdk_torch.comm import TensorGroup, leave_parallel
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group: TensorGroup) -> Tensor:
@@ -21,6 +24,44 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, *, vocab_size: int, group:
     of the group.
     """
     return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), vocab_size, group)
+
+
+def class_cross_entropy_sum(logits: Tensor, labels: Tensor, *, group: TensorGroup) -> Tensor:
+    """Sum of the losses of a classifier, in fp32; a label of -100 adds nothing.
+
+    Shapes: logits (..., classes), labels (...), of which this rank has its own under sequence parallelism (`own_labels`); a
+    scalar, equal on all ranks of the group.
+    """
+    total = functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return (
+        leave_parallel(total, replace(group, sequence_parallel=False)) if group.sequence_parallel else total
+    )
+
+
+def own_labels(labels: Tensor, pooled: Tensor | None, *, length: int, group: TensorGroup) -> Tensor:
+    """The labels that this rank's logits are for, under sequence parallelism: of the tokens of its part of the sequence.
+
+    Shapes: labels (batch, length), and this rank's part of them; or (batch,) with `pooled`, (batch,), the tokens that they
+    are of: -100 where that lies in another part.
+    """
+    if not group.sequence_parallel:
+        return labels
+    part = length // group.size
+    start = group.rank * part
+    if pooled is None:
+        return labels[:, start : start + part]
+    return labels.masked_fill((pooled < start) | (pooled >= start + part), IGNORED_LABEL)
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """(classes, classes): how many of each class (row) the logits take for each class (column)."""
+    classes = logits.shape[-1]
+    labels, found = labels.flatten(), logits.flatten(0, -2).argmax(dim=-1)
+    used = labels != IGNORED_LABEL
+    pairs = labels[used] * classes + found[used]
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
 class _CrossEntropy(torch.autograd.Function):

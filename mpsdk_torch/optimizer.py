@@ -124,10 +124,15 @@ class ShardedOptimizer:
             last.copy_(first.add_(last))
 
     def _sum_split(self, gradients: Mapping[str, Tensor]) -> None:
-        """Under sequence parallelism a replicated parameter sees only a part of the sequence on each rank."""
-        if self.groups.tensor.sequence_parallel:
-            replicated = (item for item, _ in self._updated if item.planned.tensor.cut_dimension is None)
-            _all_reduce_flat([gradients[item.name] for item in replicated], self.groups.tensor.handle)
+        """A replicated parameter may see only a part of the sequence, or of the heads, on each tensor-parallel rank."""
+        group = self.groups.tensor
+        if group.handle is not None:
+            split = [
+                gradients[item.name]
+                for item, _ in self._updated
+                if item.planned.tensor.sums_gradient(sequence_parallel=group.sequence_parallel)
+            ]
+            _all_reduce_flat(split, group.handle)
 
     def _global_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The 2-norm of the whole model's gradient, each element counted by its one owner."""

@@ -57,24 +57,31 @@ def _recompute_of(settings: ActivationCheckpointing, pin_memory: bool) -> Recomp
     return partial(_offloaded, pin_memory) if settings.offload else _full
 
 
-def _full(layer: BlockCall, hidden: Tensor, moment: Moment | None) -> Tensor:
-    return checkpoint(layer, hidden, moment, use_reentrant=False, preserve_rng_state=False)
+def _full(layer: BlockCall, hidden: Tensor, moment: Moment | None, reach: Tensor | None) -> Tensor:
+    return checkpoint(layer, hidden, moment, reach, use_reentrant=False, preserve_rng_state=False)
 
 
-def _offloaded(pin_memory: bool, layer: BlockCall, hidden: Tensor, moment: Moment | None) -> Tensor:
+def _offloaded(
+    pin_memory: bool, layer: BlockCall, hidden: Tensor, moment: Moment | None, reach: Tensor | None
+) -> Tensor:
     # The reentrant form saves the input through autograd, where `save_on_cpu` can move it; the other form keeps the
     # input in a closure, out of any hook's reach.
     with torch.autograd.graph.save_on_cpu(pin_memory=pin_memory):
-        return checkpoint(layer, hidden, moment, use_reentrant=True, preserve_rng_state=False)
+        return checkpoint(layer, hidden, moment, reach, use_reentrant=True, preserve_rng_state=False)
 
 
 def _selective(
-    policy: Callable[..., CheckpointPolicy], layer: BlockCall, hidden: Tensor, moment: Moment | None
+    policy: Callable[..., CheckpointPolicy],
+    layer: BlockCall,
+    hidden: Tensor,
+    moment: Moment | None,
+    reach: Tensor | None,
 ) -> Tensor:
     return checkpoint(
         layer,
         hidden,
         moment,
+        reach,
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=partial(create_selective_checkpoint_contexts, policy),

@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mpsdk.backend import IGNORED_LABEL, Batch, Place
+from mpsdk.backend import IGNORED_LABEL, Batch, Evaluation, Place
 from mpsdk.plan import Plan
 from mpsdk.profile import TOKEN_COUNT, UPDATE
 from mpsdk_torch.dropout import Moment
 from mpsdk_torch.executor import Executor, Watch
-from mpsdk_torch.loss import cross_entropy_sum
+from mpsdk_torch.loss import class_cross_entropy_sum, confusion, cross_entropy_sum, own_labels
 from mpsdk_torch.optimizer import ShardedOptimizer
 from mpsdk_torch.precision import COMPUTE_DTYPES
+from mpsdk_torch.reach import pooled_index
 from mpsdk_torch.replicated import ReplicatedReduction
 from mpsdk_torch.sharded import ShardedReduction, needs_sharding, release
 from mpsdk_torch.topology import Groups
@@ -46,11 +47,14 @@ class Trainer:
             stages,
             optimizer,
         )
+        assert plan.description.spec is not None
+        self._spec = plan.description.spec
         self._step = 0
         self._pass = 0
         self._batch: dict[str, Tensor] = {}
         self._divisor = torch.ones((), device=groups.device)
         self._sum = torch.zeros((), device=groups.device)
+        self._confusion = torch.zeros((0, 0), dtype=torch.int64, device=groups.device)
         self._executor = Executor(
             {number: self._forward_of(number) for number in stages},
             self._loss,
@@ -64,7 +68,7 @@ class Trainer:
         )
 
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> PendingStep:
-        """Train on `batch`, arrays of shape (accumulation, microbatches, microbatch size, length)."""
+        """Train on `batch`, see `mpsdk.backend.Batch`."""
         with self._executor.watch.phase(TOKEN_COUNT):
             count = self._begin(batch, step)
         divisor = count.clamp(min=1.0)
@@ -83,9 +87,11 @@ class Trainer:
         """Have the steps from now on tell `watch` what they do."""
         self._executor.watch = watch
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
-        """Sum of token losses and count of valid tokens over all data ranks."""
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
+        """See `mpsdk.backend.Backend.evaluate`."""
         count = self._begin(batch, step)
+        classes = self._spec.head.labels
+        self._confusion = torch.zeros((classes, classes), dtype=torch.int64, device=self.groups.device)
         self._divisor = torch.ones_like(self._sum)
         actions = self.plan.evaluation_schedule.actions[self.groups.coordinates.pp]
         for stage in self.stages.values():
@@ -95,7 +101,11 @@ class Trainer:
         for stage in self.stages.values():
             stage.train()
             release(stage)
-        return float(self.sum_over_world(self._sum)), float(count)
+        loss = float(self.sum_over_world(self._sum))
+        if not classes:
+            return Evaluation(loss, float(count))
+        counted = self._confusion if self._counts_tokens else torch.zeros_like(self._confusion)
+        return Evaluation(loss, float(count), self.reduce(counted).cpu().numpy())
 
     def _begin(self, batch: Batch, step: int) -> Tensor:
         """Take up a batch, and count its valid tokens over all data ranks."""
@@ -113,6 +123,12 @@ class Trainer:
         """The loss is the same on all tensor-parallel ranks of the last stage: one of them speaks for it."""
         return (len(self.plan.stages) - 1) in self.stages and self.groups.coordinates.tp == 0
 
+    @property
+    def _counts_tokens(self) -> bool:
+        """Under sequence parallelism each tensor-parallel rank has counted the tokens of its own part."""
+        here = (len(self.plan.stages) - 1) in self.stages
+        return here if self.groups.tensor.sequence_parallel else self._counts_loss
+
     def reduce(self, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.place.world_size > 1:
             dist.all_reduce(value, op=op)
@@ -124,21 +140,40 @@ class Trainer:
         stage = self.stages[number]
 
         def forward(hidden: Tensor | None, microbatch: int) -> Tensor:
-            inputs = self._batch["input_ids"][self._pass, microbatch] if hidden is None else hidden
-            return stage(inputs, self._moment(microbatch))
+            inputs = self._rows("input_ids", microbatch) if hidden is None else hidden
+            return stage(
+                inputs,
+                self._moment(microbatch),
+                attention_mask=self._rows("attention_mask", microbatch),
+                token_type_ids=self._rows("token_type_ids", microbatch),
+            )
 
         return forward
 
+    def _rows(self, name: str, microbatch: int) -> Tensor | None:
+        """A microbatch's rows of an array of the batch; None: the batch has no such array."""
+        array = self._batch.get(name)
+        return None if array is None else array[self._pass, microbatch]
+
     def _loss(self, logits: Tensor, microbatch: int) -> Tensor:
-        assert self.plan.description.vocab_size is not None
-        total = cross_entropy_sum(
-            logits,
-            self._batch["labels"][self._pass, microbatch],
-            vocab_size=self.plan.description.vocab_size,
-            group=self.groups.tensor,
-        )
+        spec, group = self._spec, self.groups.tensor
+        labels = self._batch["labels"][self._pass, microbatch]
+        if not spec.head.classifies:
+            total = cross_entropy_sum(logits, labels, vocab_size=spec.vocab_size, group=group)
+        else:
+            labels = self._own_labels(labels, microbatch)
+            total = class_cross_entropy_sum(logits, labels, group=group)
+            if not torch.is_grad_enabled():
+                self._confusion += confusion(logits, labels)
         self._sum += total.detach()
         return total / self._divisor
+
+    def _own_labels(self, labels: Tensor, microbatch: int) -> Tensor:
+        length, pooled = self.plan.training.sequence_length, None
+        if self._spec.head.objective == "sequence-classification":
+            mask = self._rows("attention_mask", microbatch)
+            pooled = pooled_index(self._spec, mask, length, labels.shape[0], labels.device)
+        return own_labels(labels, pooled, length=length, group=self.groups.tensor)
 
     def _moment(self, microbatch: int) -> Moment:
         """Numbers this microbatch over the whole global batch, so that no two share a dropout mask."""
@@ -149,10 +184,9 @@ class Trainer:
 
     def _empty_hidden(self) -> Tensor:
         plan, tensor = self.plan, self.groups.tensor
-        assert plan.description.spec is not None
         length = plan.training.sequence_length // (tensor.size if tensor.sequence_parallel else 1)
         return torch.empty(
-            (plan.microbatch_size, length, plan.description.spec.hidden_size),
+            (plan.microbatch_size, length, self._spec.hidden_size),
             dtype=COMPUTE_DTYPES[plan.distribution.precision.mode],
             device=self.groups.device,
         )

@@ -26,7 +26,11 @@ class Training(Document):
 
     objective: Literal["causal-lm", "masked-lm", "sequence-classification", "token-classification"] = Field(
         default="causal-lm",
-        description='What the model learns to predict. So far a plan takes only "causal-lm".',
+        description="What the model learns to predict; its head follows from it.",
+    )
+    labels: Annotated[tuple[str, ...], ListAsTuple] | None = Field(
+        default=None,
+        description="Names of a classifier's classes, in the order of their numbers. None: the model's own.",
     )
     steps: Count = Field(default=100, description="Optimizer steps of the whole run, resumed parts included.")
     global_batch: Count = Field(default=8, description="Sequences of one optimizer step, over all ranks.")
@@ -88,6 +92,17 @@ class Training(Document):
             choices = " or ".join(str(size) for size in (below, below + self.accumulation) if size)
             remedy = f"must be divisible by accumulation, which is {self.accumulation}; set {choices}"
             yield Problem("global_batch", self.global_batch, remedy)
+
+    @rule("objective", "labels")
+    def labels_are_a_classifiers(self) -> Iterator[Problem]:
+        """`labels` only with an objective "...-classification"; at least two, each once."""
+        if self.labels is None:
+            return
+        if not self.objective.endswith("-classification"):
+            remedy = f'has no effect with objective "{self.objective}"; leave it out'
+            yield Problem("labels", list(self.labels), remedy)
+        elif len(self.labels) < 2 or len({*self.labels}) < len(self.labels):
+            yield Problem("labels", list(self.labels), "must name at least two classes, each once")
 
     @rule("steps", "warmup_steps")
     def warmup_ends(self) -> Iterator[Problem]:

@@ -194,16 +194,15 @@ class Account:
         return emptied > 1
 
     def flat(self, share: ShareClass) -> tuple[int, int]:
-        """Elements of the flat sums before an update: of tied tensors, and of replicated tensors under sequence
-        parallelism, where each rank has seen a part of the sequence only."""
-        sequence_parallel = self.sizes is not None and self.sizes.sequence_parallel
+        """Elements of the flat sums before an update: of tied tensors, and of replicated tensors of which each
+        tensor-parallel rank has found a part of the gradient only."""
         copied = self.plan.schedule.stage_rank[0] != self.plan.schedule.stage_rank[-1]
         tied = replicated = 0
         for unit in self.all_units:
-            for shape, whole, twice in zip(unit.shapes, unit.replicated, unit.tied, strict=True):
+            for shape, split, twice in zip(unit.shapes, unit.split, unit.tied, strict=True):
                 elements = shard_elements(shape, share.start, self.degree)
                 tied += elements if twice and copied else 0
-                replicated += elements if whole and sequence_parallel else 0
+                replicated += elements if split else 0
         return tied, replicated
 
     # -- recompute --------------------------------------------------------------------------------------------------

@@ -34,13 +34,13 @@ class Unit:
     """Parameters that are gathered and reduced together: a block, the embedding, the head, or the last two when they are
     tied on one stage.
 
-    `shapes`: what a tensor-parallel rank has of each, before sharded data parallelism. `replicated` says of each whether
-    tensor parallelism leaves it whole, `tied` whether another stage holds a copy.
+    `shapes`: what a tensor-parallel rank has of each, before sharded data parallelism. `split` says of each whether the ranks
+    of a tensor-parallel group each find a part of its gradient, `tied` whether another stage holds a copy.
     """
 
     kind: UnitKind
     shapes: tuple[tuple[int, ...], ...]
-    replicated: tuple[bool, ...]
+    split: tuple[bool, ...]
     tied: tuple[bool, ...]
 
     @property
@@ -73,11 +73,16 @@ def shard_elements(shape: tuple[int, ...], sdp: int, degree: int) -> int:
 
 def stage_units(plan: Plan, stage: int) -> tuple[Unit, ...]:
     """The units of `stage` in the order of its forward."""
+    parallel = plan.distribution.tensor_parallel
+    alone = plan.degrees.tp == 1
     return tuple(
         Unit(
             kind=_kind(group),
             shapes=tuple(held.shape for held in group),
-            replicated=tuple(held.tensor.cut_dimension is None for held in group),
+            split=tuple(
+                not alone and held.tensor.sums_gradient(sequence_parallel=parallel.sequence_parallel)
+                for held in group
+            ),
             tied=tuple(held.tied for held in group),
         )
         for group in plan.units(stage, 0)

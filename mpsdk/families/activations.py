@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+from mpsdk.families.spec import Activation
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",

@@ -39,14 +39,21 @@ def _embedding(spec: TransformerSpec) -> Iterator[TensorDescription]:
     yield TensorDescription(
         name=TOKENS, shape=(spec.vocab_size, spec.hidden_size), role="vocab", part="embedding", initial=normal
     )
-    if spec.positions == "learned":
-        yield TensorDescription(
-            name="embedding.positions.weight",
-            shape=(spec.max_positions, spec.hidden_size),
-            role="replicated",
-            part="embedding",
-            initial=normal,
-        )
+    tables = {
+        "positions": spec.position_rows if spec.positions == "learned" else 0,
+        "token_types": spec.token_types,
+    }
+    for name, rows in tables.items():
+        if rows:
+            yield TensorDescription(
+                name=f"embedding.{name}.weight",
+                shape=(rows, spec.hidden_size),
+                role="replicated",
+                part="embedding",
+                initial=normal,
+            )
+    if spec.embedding_norm:
+        yield from _norm(spec, "embedding.norm", part="embedding")
 
 
 def _block(spec: TransformerSpec) -> Iterator[TensorDescription]:
@@ -70,6 +77,10 @@ def _block(spec: TransformerSpec) -> Iterator[TensorDescription]:
             std=spec.initializer_range,
             bias=spec.attention_bias,
         )
+    if spec.query_key_norm:
+        for name in ("query_norm", "key_norm"):
+            norm = _whole(f"attention.{name}.weight", (spec.head_size,), _ONES, part="block")
+            yield norm.model_copy(update={"of_heads": True})
     yield from _linear(
         "attention.output",
         (hidden, queries),
@@ -79,7 +90,8 @@ def _block(spec: TransformerSpec) -> Iterator[TensorDescription]:
         bias=spec.attention_output_bias,
     )
 
-    yield from _norm(spec, "feed_forward_norm", part="block")
+    if spec.residual != "parallel-one-norm":
+        yield from _norm(spec, "feed_forward_norm", part="block")
     features = (inner, "feed_forward_size")
     for name in ("up", "gate") if spec.gated else ("up",):
         yield from _linear(
@@ -96,14 +108,46 @@ def _block(spec: TransformerSpec) -> Iterator[TensorDescription]:
 
 
 def _head(spec: TransformerSpec) -> Iterator[TensorDescription]:
-    yield from _norm(spec, "head.norm", part="head")
+    head, hidden = spec.head, spec.hidden_size
+    normal = Initial(kind="normal", std=spec.initializer_range)
+    if spec.norm_position == "before":
+        yield from _norm(spec, "head.norm", part="head")
+    dense = "transform" if head.transform else "pooler" if head.pooler else None
+    if dense is not None:
+        yield _whole(f"head.{dense}.weight", (hidden, hidden), normal, part="head", decay=True)
+        yield _whole(f"head.{dense}.bias", (hidden,), _ZEROS, part="head")
+    if head.transform:
+        yield from _norm(spec, "head.transform_norm", part="head")
+    if head.classifies:
+        yield _whole("head.classifier.weight", (head.labels, hidden), normal, part="head", decay=True)
+        if head.bias:
+            yield _whole("head.classifier.bias", (head.labels,), _ZEROS, part="head")
+        return
     yield TensorDescription(
         name="head.output.weight",
-        shape=(spec.vocab_size, spec.hidden_size),
+        shape=(spec.vocab_size, hidden),
         role="vocab",
         part="head",
-        initial=Initial(kind="normal", std=spec.initializer_range),
+        initial=normal,
         tied_to=TOKENS if spec.tied else None,
+    )
+    if head.bias:
+        yield TensorDescription(
+            name="head.output.bias",
+            shape=(spec.vocab_size,),
+            role="vocab",
+            part="head",
+            decay=False,
+            initial=_ZEROS,
+        )
+
+
+def _whole(
+    name: str, shape: tuple[int, ...], initial: Initial, *, part: Part, decay: bool = False
+) -> TensorDescription:
+    """A tensor that every tensor-parallel rank has whole."""
+    return TensorDescription(
+        name=name, shape=shape, role="replicated", part=part, decay=decay, initial=initial
     )
 
 
@@ -119,9 +163,7 @@ def _linear(
     if not bias:
         return
     if role == "row":
-        yield TensorDescription(
-            name=f"{name}.bias", shape=shape[:1], role="replicated", part="block", decay=False, initial=_ZEROS
-        )
+        yield _whole(f"{name}.bias", shape[:1], _ZEROS, part="block")
     else:
         yield TensorDescription(
             name=f"{name}.bias",
@@ -136,11 +178,6 @@ def _linear(
 
 
 def _norm(spec: TransformerSpec, name: str, *, part: Part) -> Iterator[TensorDescription]:
-    shape = (spec.hidden_size,)
-    yield TensorDescription(
-        name=f"{name}.weight", shape=shape, role="replicated", part=part, decay=False, initial=_ONES
-    )
+    yield _whole(f"{name}.weight", (spec.hidden_size,), _ONES, part=part)
     if spec.norm == "layernorm":
-        yield TensorDescription(
-            name=f"{name}.bias", shape=shape, role="replicated", part=part, decay=False, initial=_ZEROS
-        )
+        yield _whole(f"{name}.bias", (spec.hidden_size,), _ZEROS, part=part)

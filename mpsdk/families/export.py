@@ -1,4 +1,4 @@
-"""Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+"""Writes a directory that `from_pretrained` of transformers' class for the model's head loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,18 @@ CARRIED = (
     "vocab.json",
     "vocab.txt",
 )
+LABEL_NAMES = ("id2label", "label2id")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Settings that no longer hold: older names for what is written here, where the model came from, code that came with it.
-DROPPED = ("_name_or_path", "auto_map", "rope_scaling", "rope_theta", "torch_dtype", "transformers_version")
+DROPPED = (
+    "_name_or_path",
+    "auto_map",
+    "num_labels",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 def export(
@@ -89,7 +98,13 @@ def export(
         draft = Path(scratch) / "model"
         draft.mkdir()
         _write_json(draft / CONFIG, config)
-        _write_weights(source, hf_tensors(family.rules, describe_spec(spec)), draft, dtype, max_shard_bytes)
+        _write_weights(
+            source,
+            hf_tensors(family.rules(spec.head.objective), describe_spec(spec)),
+            draft,
+            dtype,
+            max_shard_bytes,
+        )
         if tokenizer_dir is not None:
             _carry(Path(tokenizer_dir), draft)
         os.replace(draft, target)
@@ -107,7 +122,11 @@ def _config(
 ) -> dict[str, object]:
     dropped = {*DROPPED, *family.aliases}
     kept = {name: value for name, value in original.items() if name not in dropped}
-    return dict.fromkeys(TOKEN_IDS) | kept | family.hf_config(spec) | {"dtype": dtype}
+    written = family.hf_config(spec)
+    names = original.get("id2label")
+    if isinstance(names, Mapping) and len(cast("Mapping[str, object]", names)) == spec.head.labels:
+        written = {name: value for name, value in written.items() if name not in LABEL_NAMES}
+    return dict.fromkeys(TOKEN_IDS) | kept | written | {"dtype": dtype}
 
 
 def _write_weights(

@@ -29,6 +29,7 @@ COMMON = frozenset(
         "is_encoder_decoder",
         "label2id",
         "model_type",
+        "num_labels",
         "output_attentions",
         "output_hidden_states",
         "pad_token_id",
@@ -79,6 +80,10 @@ class Fields:
             if field == name and alias in self._config:
                 return self._config[alias]
         return None
+
+    def states(self, name: str) -> bool:
+        """Whether the configuration has the field, be it null."""
+        return name in self._config
 
     def unused(self, *names: str) -> None:
         """These fields are known and do not change training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpsdk.families.activations import ACTIVATIONS, hf_activation
 from mpsdk.families.family import Family
 from mpsdk.families.fields import Fields
+from mpsdk.families.heads import causal_lm, sequence_classifier, token_classifier
 from mpsdk.families.rules import WeightRule, renamed
 from mpsdk.families.spec import Dropout, TransformerSpec
 
@@ -59,6 +60,11 @@ def read(fields: Fields) -> TransformerSpec:
     )
 
 
+def _classifier_dropout(fields: Fields) -> float:
+    stated = fields.raw("classifier_dropout")
+    return fields.probability("hidden_dropout" if stated is None else "classifier_dropout", 0.1)
+
+
 def write(spec: TransformerSpec) -> dict[str, object]:
     return {
         "vocab_size": spec.vocab_size,
@@ -83,11 +89,10 @@ QUERY_KEY_VALUE = tuple("blocks.{block}.attention." + name for name in ("query",
 
 GPT2 = Family(
     model_type="gpt2",
-    architecture="GPT2LMHeadModel",
     prefix="transformer.",
     read=read,
     write=write,
-    rules=(
+    body=(
         WeightRule("transformer.wte.weight", ("embedding.tokens.weight",)),
         WeightRule("transformer.wpe.weight", ("embedding.positions.weight",)),
         *renamed(f"{BLOCK}.ln_1", "blocks.{block}.attention_norm"),
@@ -100,7 +105,11 @@ GPT2 = Family(
         *renamed(f"{BLOCK}.mlp.c_fc", "blocks.{block}.feed_forward.up", transpose=True),
         *renamed(f"{BLOCK}.mlp.c_proj", "blocks.{block}.feed_forward.down", transpose=True),
         *renamed("transformer.ln_f", "head.norm"),
-        WeightRule("lm_head.weight", ("head.output.weight",)),
+    ),
+    heads=(
+        causal_lm("GPT2LMHeadModel"),
+        sequence_classifier("GPT2ForSequenceClassification"),
+        token_classifier("GPT2ForTokenClassification", layer="classifier", dropout=_classifier_dropout),
     ),
     ignored=(f"{BLOCK}.attn.bias", f"{BLOCK}.attn.masked_bias"),  # causal masks in files of transformers 4
     aliases={

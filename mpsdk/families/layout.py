@@ -69,7 +69,9 @@ def hf_tensors(rules: Sequence[WeightRule], description: ModelDescription) -> tu
     """
     tensors = {tensor.name: tensor for tensor in description.tensors()}
     found: list[HfTensor] = []
-    for rule, block in _in_order(rules, len(description.blocks)):
+    spec = description.spec
+    applying = [rule for rule in rules if spec is None or rule.tied in (None, spec.tied)]
+    for rule, block in _in_order(applying, len(description.blocks)):
         names = [name.format(block=block) for name in rule.canonical]
         known = [tensors.pop(name) for name in names if name in tensors]
         if not known:

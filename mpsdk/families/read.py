@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 from mpsdk.errors import ConfigError, Problem
 from mpsdk.families.family import Family
 from mpsdk.families.registry import FAMILIES, family_of
-from mpsdk.families.spec import TransformerSpec
+from mpsdk.families.spec import Objective, TransformerSpec
 
 CONFIG = "config.json"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -28,13 +28,19 @@ class ReadModel(NamedTuple):
 
 
 def read_model(
-    model: str | Path | Mapping[str, object] | TransformerSpec, *, weights: bool = True
+    model: str | Path | Mapping[str, object] | TransformerSpec,
+    *,
+    objective: Objective | None = None,
+    labels: int | None = None,
+    weights: bool = True,
 ) -> ReadModel:
     """The family, Hugging Face configuration and spec of `model`.
 
     Args:
         model: a directory with a config.json, a model's name on the Hugging Face hub, a configuration with its
             `model_type`, or a spec.
+        objective: what the head is for. None: as the configuration's `architectures` say, else the family's usual one.
+        labels: classes of a classifier. None: as the configuration says.
         weights: for a name on the hub, fetch weights and tokenizer too; without, config.json alone.
 
     Raises:
@@ -43,15 +49,21 @@ def read_model(
     """
     if isinstance(model, TransformerSpec):
         family = family_of(model.family)
+        if objective not in (None, model.head.objective):
+            remedy = (
+                f"the spec's head is for {model.head.objective!r}; give a spec with the head that you want"
+            )
+            raise _refusal("training.objective", objective, remedy)
         return ReadModel(family, family.hf_config(model), model, None)
     if isinstance(model, Mapping):
         config = dict(model)
         family = _family(config, "the configuration")
-        return ReadModel(family, config, family.spec(config, exhaustive=True), None)
+        spec = family.spec(config, objective=objective, labels=labels, exhaustive=True)
+        return ReadModel(family, config, spec, None)
     directory = _local(Path(model).expanduser(), str(model), weights=weights)
     config = _read_config(directory)
     family = _family(config, str(directory / CONFIG))
-    return ReadModel(family, config, family.spec(config), directory)
+    return ReadModel(family, config, family.spec(config, objective=objective, labels=labels), directory)
 
 
 def _family(config: Mapping[str, object], where: str) -> Family:

@@ -11,15 +11,16 @@ from mpsdk.families.spec import TransformerSpec
 
 
 def inverse_frequencies(spec: TransformerSpec) -> NDArray[np.float64]:
-    """Radians per position, shape (head_size // 2,), of a spec whose positions are rotary.
+    """Radians per position, shape (size // 2,), of a spec whose positions are rotary; size is of the features that turn.
 
-    Feature i turns together with feature i + head_size // 2, as in GPT-NeoX and Llama. `linear` scaling divides every
+    `linear` scaling divides every
     frequency by the factor (Chen et al. 2023, arXiv:2306.15595). `llama3` divides those whose wavelength exceeds the
     original context / low_frequency_factor, keeps those below original / high_frequency_factor, and blends in between.
     """
     if spec.rotary is None:
         raise ValueError(f"a {spec.family} spec with {spec.positions} positions has no rotary frequencies")
-    exponents = np.arange(0, spec.head_size, 2, dtype=np.float64) / spec.head_size
+    size = spec.rotary.size or spec.head_size
+    exponents = np.arange(0, size, 2, dtype=np.float64) / size
     frequencies = spec.rotary.theta**-exponents
     if spec.rotary.scaling is None:
         return frequencies

@@ -19,13 +19,15 @@ class WeightRule:
     `interleaved_by` names a count of the spec: the joined tensors alternate, one such part of each at a time, as in fused
     query-key-value weights that keep a head's three parts together. Without it, they follow one another whole.
 
-    A rule whose canonical tensors are not in the model (biases of a model without them) does not apply.
+    A rule whose canonical tensors are not in the model (biases of a model without them) does not apply; nor does one whose
+    `tied` is not the model's, where it says.
     """
 
     hf: str
     canonical: tuple[str, ...]
     transpose: bool = False
     interleaved_by: Literal["heads", "key_value_heads"] | None = None
+    tied: bool | None = None
 
 
 def renamed(hf: str, canonical: str, *, transpose: bool = False) -> tuple[WeightRule, WeightRule]:

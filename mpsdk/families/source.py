@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ from mpsdk.families.family import Family
 from mpsdk.families.files import DTYPES, Stored, has_weights, stored_tensors
 from mpsdk.families.layout import HfTensor, hf_tensors
 from mpsdk.families.spec import TransformerSpec
-from mpsdk.initialise import check_slice
+from mpsdk.initialise import RandomSource, check_slice
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["HuggingFaceSource", "has_weights"]
 
@@ -28,7 +31,8 @@ class HuggingFaceSource:
     """A TensorSource over the safetensors files of a Hugging Face directory. Values come as float32.
 
     Opening it checks every name and shape by the files' headers (and a tied pair that is stored twice by its values);
-    `read` reads no more than the slice asked for.
+    `read` reads no more than the slice asked for. A layer of the head that the files don't have at all, as when a model is
+    to learn another objective, has initial values from `seed`, with a warning; a causal language model's they must have.
 
     Raises:
         CheckpointError: no readable weights, or tensors that are missing, left over, of another shape or of a type that is
@@ -37,12 +41,24 @@ class HuggingFaceSource:
 
     slots: frozenset[str] = frozenset({WEIGHT})
 
-    def __init__(self, directory: str | Path, family: Family, spec: TransformerSpec) -> None:
+    def __init__(
+        self, directory: str | Path, family: Family, spec: TransformerSpec, *, seed: int = 0
+    ) -> None:
         self._directory = Path(directory)
         self.scalars: Mapping[str, float | int] = {}
-        tensors = hf_tensors(family.rules, describe_spec(spec))
-        found = stored_tensors(self._directory)
+        description = describe_spec(spec)
+        tensors = hf_tensors(family.rules(spec.head.objective), description)
+        found = {_respelt(name, family): stored for name, stored in stored_tensors(self._directory).items()}
         matched = _match(tensors, found, family.prefix)
+        self._new = RandomSource(description, seed)
+        self._new_names = _new_layers(tensors, matched, spec)
+        if self._new_names:
+            logger.warning(
+                "%s has no %s: it starts from initial values",
+                self._directory,
+                ", ".join(sorted(self._new_names)),
+            )
+        tensors = tuple(tensor for tensor in tensors if tensor.parts[0].name not in self._new_names)
         problems = [
             *_left_out(tensors, matched),
             *_unfit(tensors, matched),
@@ -60,6 +76,8 @@ class HuggingFaceSource:
     def read(
         self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> NDArray[np.float32]:
+        if slot == WEIGHT and name in self._new_names:
+            return self._new.read(name, slot, offset, shape)
         if slot != WEIGHT or name not in self._where:
             raise CheckpointError(f"{self._directory} has no {slot} of {name!r}")
         tensor, part, stored = self._where[name]
@@ -95,6 +113,28 @@ class HuggingFaceSource:
     def _refusal(self, problems: list[str]) -> CheckpointError:
         lines = [f"the weights in {self._directory} do not fit its configuration:", *problems]
         return CheckpointError("\n  ".join(lines))
+
+
+def _respelt(name: str, family: Family) -> str:
+    """The name in today's spelling."""
+    for older, newer in family.spellings.items():
+        name = name.replace(older, newer)
+    return name
+
+
+def _new_layers(
+    tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored], spec: TransformerSpec
+) -> frozenset[str]:
+    """The canonical tensors of the layers of the head that are wholly absent, for a head that can be new."""
+    if spec.head.objective == "causal-lm":
+        return frozenset()
+    layers: dict[str, dict[str, bool]] = {}
+    for tensor in tensors:
+        name = tensor.parts[0].name
+        layer = name.rpartition(".")[0]
+        if layer.startswith("head.") and layer != "head.norm" and not tensor.tied:
+            layers.setdefault(layer, {})[name] = tensor.name in matched
+    return frozenset(name for found in layers.values() if not any(found.values()) for name in found)
 
 
 def _match(tensors: tuple[HfTensor, ...], found: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
@@ -133,10 +173,12 @@ def _unfit(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iter
 def _left_over(
     found: Mapping[str, Stored], matched: Mapping[str, Stored], family: Family, spec: TransformerSpec
 ) -> Iterator[str]:
+    """What belongs to no head of the family; the tensors of its other heads are passed over."""
     used = {id(stored) for stored in matched.values()}
-    ignored = [_pattern(template, family.prefix) for template in family.ignored]
+    others = [rule.hf for head in family.heads for rule in head.rules]
+    known = [_pattern(template, family.prefix) for template in (*family.ignored, *others)]
     for name, stored in found.items():
-        if id(stored) in used or any(pattern.fullmatch(name) for pattern in ignored):
+        if id(stored) in used or any(pattern.fullmatch(name) for pattern in known):
             continue
         yield f"unexpected: {name} {stored.shape}, which a {family.model_type} model of {spec.blocks} blocks does not have"
 

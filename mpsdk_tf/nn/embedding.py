@@ -53,11 +53,14 @@ def lookup(table: Tensor, ids: Tensor) -> Tensor:
 class DistributedOutput(keras.layers.Layer):
     """The output projection: logits over this rank's rows of the vocabulary.
 
-    `weight` is None when tied to an embedding on the same rank, whose weight `call` is then given.
+    `weight` is None when tied to an embedding on the same rank, whose weight `call` is then given; `bias`, of this rank's
+    rows, is the projection's own.
     Shapes: (batch, length, width), or this rank's part of the sequence -> (batch, length, rows / t).
     """
 
-    def __init__(self, rows: int, width: int, *, group: TensorGroup, tied: bool = False) -> None:
+    def __init__(
+        self, rows: int, width: int, *, group: TensorGroup, tied: bool = False, bias: bool = False
+    ) -> None:
         super().__init__(autocast=False)
         self.group = group
         self.weight = (
@@ -65,9 +68,13 @@ class DistributedOutput(keras.layers.Layer):
             if tied
             else self.add_weight(name="weight", shape=(rows // group.size, width), initializer="zeros")
         )
+        self.bias = (
+            self.add_weight(name="bias", shape=(rows // group.size,), initializer="zeros") if bias else None
+        )
         self.built = True
 
     def call(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
-        return linear(enter_parallel(hidden, self.group), weight)
+        logits = linear(enter_parallel(hidden, self.group), weight)
+        return logits if self.bias is None else tf.nn.bias_add(logits, tf.convert_to_tensor(self.bias))

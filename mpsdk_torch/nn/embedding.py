@@ -35,17 +35,21 @@ class DistributedEmbedding(nn.Module):
 class DistributedOutput(nn.Module):
     """The output projection: logits over this rank's rows of the vocabulary.
 
-    `weight` is None when tied to an embedding on the same rank, whose weight `forward` is then given.
+    `weight` is None when tied to an embedding on the same rank, whose weight `forward` is then given; `bias`, of this rank's
+    rows, is the projection's own.
     Shapes: (batch, length, width), or this rank's part of the sequence -> (batch, length, rows / t).
     """
 
-    def __init__(self, rows: int, width: int, *, group: TensorGroup, tied: bool = False) -> None:
+    def __init__(
+        self, rows: int, width: int, *, group: TensorGroup, tied: bool = False, bias: bool = False
+    ) -> None:
         super().__init__()
         self.group = group
         self.linear: LinearMap = functional.linear
         self.weight = None if tied else nn.Parameter(torch.empty(rows // group.size, width))
+        self.bias = nn.Parameter(torch.empty(rows // group.size)) if bias else None
 
     def forward(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         weight = self.weight if tied_weight is None else tied_weight
         assert weight is not None
-        return self.linear(enter_parallel(hidden, self.group), weight)
+        return self.linear(enter_parallel(hidden, self.group), weight, self.bias)

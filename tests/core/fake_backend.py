@@ -21,7 +21,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mpsdk.backend import IGNORED_LABEL, WEIGHT, Batch, Place, RankState, Shard, StepResult, TensorSource
+from mpsdk.backend import (
+    IGNORED_LABEL,
+    WEIGHT,
+    Batch,
+    Evaluation,
+    Place,
+    RankState,
+    Shard,
+    StepResult,
+    TensorSource,
+)
 from mpsdk.config import Distribution, Training
 from mpsdk.description import ModelDescription
 from mpsdk.errors import ConfigError, Problem
@@ -140,10 +150,10 @@ class FakeBackend:
         trace_path(directory, rank).write_text(json.dumps({"traceEvents": events}))
         RankSpans(rank=rank, machine=machine(), met=begun, spans=spans).save(directory)
 
-    def evaluate(self, batch: Batch, *, step: int) -> tuple[float, float]:
+    def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
         loss, count, _ = self._sums(batch)
         shared = self._all([loss, count])
-        return sum(rank[0] for rank in shared), sum(rank[1] for rank in shared)
+        return Evaluation(sum(rank[0] for rank in shared), sum(rank[1] for rank in shared))
 
     def shards(self) -> RankState:
         here = self.plan.topology.coordinates(self.place.rank)

@@ -97,7 +97,7 @@ def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
 def test_names_shapes_and_parameters_are_those_of_the_transformers_class(model: PreTrainedModel):
     family = family_of(model.config.model_type)
     description = describe_spec(family.spec(model.config.to_dict(), exhaustive=True))
-    tensors = hf_tensors(family.rules, description)
+    tensors = hf_tensors(family.rules("causal-lm"), description)
     assert {t.name: t.shape for t in tensors} == {n: tuple(v.shape) for n, v in model.state_dict().items()}
     assert {t.name: t.shape for t in tensors if not t.tied} == {
         n: tuple(v.shape) for n, v in model.named_parameters()

@@ -48,7 +48,7 @@ def tensors_and_slices(draw: st.DrawFn) -> tuple[HfTensor, int, tuple[slice, ...
     if fused.interleaved_by == "heads" and spec.key_value_heads != spec.heads:
         fused = WeightRule(fused.hf, fused.canonical, fused.transpose, "key_value_heads")
     family = family_of(spec.family)
-    rest = [rule for rule in family.rules if not set(rule.canonical) & set(QUERY_KEY_VALUE)]
+    rest = [rule for rule in family.rules("causal-lm") if not set(rule.canonical) & set(QUERY_KEY_VALUE)]
     tensor = draw(st.sampled_from(hf_tensors([fused, *rest], describe_spec(spec))))
     number = draw(st.integers(0, len(tensor.parts) - 1))
     bounds = [
@@ -74,7 +74,7 @@ def test_any_slice_of_a_part_is_found_in_the_whole(case: tuple[HfTensor, int, tu
 def test_a_transposed_slice_reads_no_more_than_its_own_elements():
     (tensor,) = (
         t
-        for t in hf_tensors(family_of("gpt2").rules, describe_spec(family_of("gpt2").spec(GPT2)))
+        for t in hf_tensors(family_of("gpt2").rules("causal-lm"), describe_spec(family_of("gpt2").spec(GPT2)))
         if t.name == "transformer.h.1.attn.c_attn.weight"
     )
     pieces = list(tensor.pieces(tensor.parts[1], (2, 3), (4, 5)))
@@ -84,7 +84,7 @@ def test_a_transposed_slice_reads_no_more_than_its_own_elements():
 @given(spec=specs)
 def test_a_familys_rules_cover_every_tensor_once(spec: TransformerSpec):
     description = describe_spec(spec)
-    tensors = hf_tensors(family_of(spec.family).rules, description)
+    tensors = hf_tensors(family_of(spec.family).rules("causal-lm"), description)
     covered = [part.name for tensor in tensors for part in tensor.parts]
     assert sorted(covered) == sorted(tensor.name for tensor in description.tensors())
     assert len({tensor.name for tensor in tensors}) == len(tensors)
@@ -93,7 +93,9 @@ def test_a_familys_rules_cover_every_tensor_once(spec: TransformerSpec):
 def test_tensors_come_in_the_order_of_the_model():
     names = [
         tensor.name
-        for tensor in hf_tensors(family_of("llama").rules, describe_spec(family_of("llama").spec(LLAMA)))
+        for tensor in hf_tensors(
+            family_of("llama").rules("causal-lm"), describe_spec(family_of("llama").spec(LLAMA))
+        )
     ]
     assert names[0] == "model.embed_tokens.weight"
     assert names[1] == "model.layers.0.input_layernorm.weight"
@@ -105,7 +107,7 @@ def test_tensors_come_in_the_order_of_the_model():
 
 def test_a_canonical_tensor_without_a_rule_is_named():
     description = describe_spec(family_of("gpt2").spec(GPT2))
-    rules = [rule for rule in family_of("gpt2").rules if "wpe" not in rule.hf]
+    rules = [rule for rule in family_of("gpt2").rules("causal-lm") if "wpe" not in rule.hf]
     with pytest.raises(MpsdkError, match=r"no weight rule of 'gpt2' covers \['embedding.positions.weight'\]"):
         hf_tensors(rules, description)
 
@@ -116,4 +118,4 @@ def test_a_rule_that_joins_a_tensor_that_the_model_lacks_is_named():
         "x.{block}", ("blocks.{block}.feed_forward.up.weight", "blocks.{block}.feed_forward.gate.weight")
     )
     with pytest.raises(MpsdkError, match="the model has only some of these"):
-        hf_tensors([rule, *family_of("gpt2").rules], description)
+        hf_tensors([rule, *family_of("gpt2").rules("causal-lm")], description)

@@ -67,7 +67,9 @@ def test_a_field_that_transformers_ignores_is_a_warning_in_a_file_and_refused_by
 
 
 def test_a_missing_model_type_lists_the_families():
-    assert "one of: gpt2, llama" in refusal({"n_layer": 2})
+    assert "one of: bert, gpt2, gpt_neo, gpt_neox, gptj, llama, mistral, qwen2, qwen3, roberta" in refusal(
+        {"n_layer": 2}
+    )
 
 
 def test_an_unknown_model_type_suggests_the_nearest(tmp_path: Path):
