@@ -18,7 +18,7 @@ from mpsdk.errors import Problem
 
 
 class Data(Section):
-    """What the run learns from: a text file (one document), JSON lines (field `text`), or a directory."""
+    """What the run learns from: a file of text (.txt) or of rows (.jsonl, .csv, .parquet), or a directory of them."""
 
     shorthand: ClassVar[str | None] = "train"
 
@@ -27,7 +27,8 @@ class Data(Section):
     )
     validation: Share | PathText | None = Field(
         default=None,
-        description="Validation data. A number: that share of the training data, at its end. None: no evaluation.",
+        description="Validation data. A number: that share of the training data, the end of a text or labelled rows "
+        "chosen at random. None: no evaluation.",
     )
 
 

@@ -10,7 +10,18 @@ from pydantic import Field
 
 from mpsdk.config.base import rule
 from mpsdk.config.document import Document
-from mpsdk.config.fields import BelowOne, Count, ListAsTuple, Natural, NotNegative, PathText, Positive, Seed
+from mpsdk.config.fields import (
+    BelowOne,
+    Count,
+    ListAsTuple,
+    Natural,
+    NotNegative,
+    PathText,
+    Positive,
+    Seed,
+    Share,
+    Text,
+)
 from mpsdk.config.wording import Accepts
 from mpsdk.errors import Problem
 
@@ -31,6 +42,20 @@ class Training(Document):
     labels: Annotated[tuple[str, ...], ListAsTuple] | None = Field(
         default=None,
         description="Names of a classifier's classes, in the order of their numbers. None: the model's own.",
+    )
+    text_column: Text = Field(
+        default="text",
+        description='Column of the data that has the text; with "token-classification", the list of its words.',
+    )
+    pair_column: Text | None = Field(
+        default=None, description="sequence-classification: column of a second text, read after the first."
+    )
+    label_column: Text = Field(
+        default="label",
+        description='Column of a classifier\'s labels, names or numbers; with "token-classification", a list of them.',
+    )
+    mask_probability: Share = Field(
+        default=0.15, description="masked-lm: share of the tokens that are to be predicted."
     )
     steps: Count = Field(default=100, description="Optimizer steps of the whole run, resumed parts included.")
     global_batch: Count = Field(default=8, description="Sequences of one optimizer step, over all ranks.")
@@ -98,11 +123,32 @@ class Training(Document):
         """`labels` only with an objective "...-classification"; at least two, each once."""
         if self.labels is None:
             return
-        if not self.objective.endswith("-classification"):
+        if not self.classifies:
             remedy = f'has no effect with objective "{self.objective}"; leave it out'
             yield Problem("labels", list(self.labels), remedy)
         elif len(self.labels) < 2 or len({*self.labels}) < len(self.labels):
             yield Problem("labels", list(self.labels), "must name at least two classes, each once")
+
+    @rule("objective", "pair_column", "label_column", "mask_probability")
+    def settings_fit_objective(self) -> Iterator[Problem]:
+        """`pair_column` only with "sequence-classification", `label_column` with either, `mask_probability` with "masked-lm"."""
+        takers = {
+            "pair_column": ("sequence-classification",),
+            "label_column": ("sequence-classification", "token-classification"),
+            "mask_probability": ("masked-lm",),
+        }
+        for name, objectives in takers.items():
+            if self.objective not in objectives and self.changed(name):
+                remedy = f'has no effect with objective "{self.objective}"; leave it out'
+                yield Problem(name, getattr(self, name), remedy)
+
+    @rule("text_column", "pair_column", "label_column")
+    def columns_differ(self) -> Iterator[Problem]:
+        """`text_column`, `pair_column` and `label_column` differ where they are read."""
+        if self.pair_column == self.text_column:
+            yield Problem("pair_column", self.pair_column, "must be another column than text_column")
+        elif self.classifies and self.label_column in (self.text_column, self.pair_column):
+            yield Problem("label_column", self.label_column, "must be another column than those of the texts")
 
     @rule("steps", "warmup_steps")
     def warmup_ends(self) -> Iterator[Problem]:
@@ -129,6 +175,11 @@ class Training(Document):
                     f'has no effect with "{self.optimizer}"; leave it out, or set optimizer to "{optimizer}"'
                 )
                 yield Problem(name, getattr(self, name), remedy)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether what is learned are the data's own labels."""
+        return self.objective.endswith("-classification")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0.

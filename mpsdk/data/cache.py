@@ -45,7 +45,7 @@ def prepare(
     cache_directory: str | Path,
     part: Part = "train",
     validation_fraction: float = 0.0,
-    text_field: str = "text",
+    text_column: str = "text",
 ) -> Dataset:
     """Tokenise `source`, unless that was done before, and open it.
 
@@ -54,11 +54,11 @@ def prepare(
         sequence_length: tokens of a sample. One tokenised corpus serves every length.
         part: with a `validation_fraction`, which part to open: the samples before the held-out tail, or that tail.
         validation_fraction: the share of samples at the end that is held out of training; 0 holds out none.
-        text_field: the field of a .jsonl file or column of a Hugging Face dataset that has the text.
+        text_column: the column of a table that has the text.
 
     Raises DataError with every bad file and line when the data can't be used, and when they are too short.
     """
-    opened = open_source(source, vocab_size=tokenizer.vocab_size, text_field=text_field)
+    opened = open_source(source, vocab_size=tokenizer.vocab_size, text_column=text_column)
     content = opened.digest()
     directory = Path(cache_directory) / _key(content, tokenizer)
     if not directory.exists():

@@ -1,11 +1,10 @@
-"""What training data can come from, each read as a stream of documents in pieces of bounded size.
+"""What text to learn from can come from, each read as a stream of documents in pieces of bounded size.
 
 | source | documents |
 |---|---|
 | a .txt file | one |
-| a .jsonl file | one a line, its field "text"; blank lines don't count |
-| a directory | those of all .txt and .jsonl files in it and below, by path |
-| a Hugging Face dataset | one a row, its column "text" |
+| a table of `mpsdk.data.tables` | one a row, its column "text" |
+| a directory | those of all .txt, .jsonl, .csv and .parquet files in it and below, by path |
 | a list of lists (or of arrays) of token ids, a two-dimensional array | one a row |
 | a list or one-dimensional array of token ids | taken as it is: it says itself where documents end |
 """
@@ -14,10 +13,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,16 +25,26 @@ from numpy.typing import NDArray
 
 from mpsdk.data import faults as fault
 from mpsdk.data.faults import Faults
+from mpsdk.data.files import digest_of_files, find_files, note_not_utf8
 from mpsdk.data.pieces import PIECE, Piece, cut
+from mpsdk.data.tables import (
+    SUFFIXES,
+    Row,
+    Table,
+    is_dataset,
+    is_list_of_dicts,
+    open_table,
+    read_rows,
+    text_in,
+)
 from mpsdk.errors import DataError
 
-log = logging.getLogger(__name__)
-
 BLOCK = 1 << 20  # bytes read at once
-ROWS = 1000  # rows of a Hugging Face dataset read at once
-ACCEPTED = "a .txt or .jsonl file, a directory of them, a Hugging Face dataset, or token ids (a list or an integer array)"
-NOTES = ("README", "LICENSE", "NOTICE")  # may lie beside a corpus without a warning
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TEXT = ".txt"
+ACCEPTED = (
+    "a .txt, .jsonl, .csv or .parquet file, a directory of them, a Hugging Face dataset, a list of dicts, or token ids "
+    "(a list or an integer array)"
+)
 
 
 class Source(Protocol):
@@ -55,84 +62,48 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: object, *, vocab_size: int, text_field: str = "text") -> Source:
+def open_source(source: object, *, vocab_size: int, text_column: str = "text") -> Source:
     """The Source for anything that `fit` takes as data; token ids in it must be below `vocab_size`.
 
     Raises DataError for what it doesn't know or can't find.
     """
     if isinstance(source, (str, os.PathLike)):
         path = Path(cast("str", source))
-        return TextFiles(_files(path), str(path), text_field)
-    if isinstance(source, dict):
-        keys = ", ".join(map(repr, cast("dict[object, object]", source)))
-        raise DataError(f"this is a dict of data sets ({keys}), not one: pass one of its values")
+        files = find_files(path, (TEXT, *SUFFIXES), accepted=ACCEPTED)
+        return TextFiles(files, str(path), text_column)
+    if isinstance(source, Mapping) or is_list_of_dicts(source) or is_dataset(source):
+        return TextColumn(open_table(cast("object", source), (text_column,)))
     if isinstance(source, (np.ndarray, list, tuple)):
         return TokenIds.of(cast("NDArray[Any] | Sequence[Any]", source), vocab_size)
-    if hasattr(source, "select_columns") and hasattr(source, "iter"):
-        return TextColumn.of(cast("HuggingFaceDataset", source), text_field)
     raise DataError(f"training data can't be a {type(source).__name__}; pass {ACCEPTED}")
 
 
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def _files(path: Path) -> tuple[Path, ...]:
-    if path.is_dir():
-        found = sorted(
-            (
-                Path(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if not name.startswith(".")
-            ),
-            key=lambda file: file.relative_to(path).as_posix(),
-        )
-        files = tuple(file for file in found if file.suffix.lower() in READERS)
-        if not files:
-            raise DataError(f"{path} has no .txt or .jsonl file in it or below")
-        others = [str(file.relative_to(path)) for file in found if file.suffix.lower() not in READERS]
-        if left_out := [name for name in others if not Path(name).name.startswith(NOTES)]:
-            log.warning("%s: not read, neither .txt nor .jsonl: %s", path, ", ".join(left_out))
-        return files
-    if not path.exists():
-        raise DataError(f"{path} does not exist; pass {ACCEPTED}")
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path} ends neither in .txt nor in .jsonl; pass {ACCEPTED}")
-    return (path,)
+# --- text ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Files of text, read in the order given."""
+    """Files of text, plain or a column of a table, read in the order given."""
 
     files: tuple[Path, ...]
     name: str
-    text_field: str
+    text_column: str
 
     def digest(self) -> str:
-        faults = Faults(self.name)
-        contents: list[tuple[str, str | None, str]] = []
-        for file in self.files:
-            suffix = file.suffix.lower()
-            try:
-                with file.open("rb") as stream:
-                    content = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-            except OSError:
-                faults.add(str(file), fault.UNREADABLE)
-                continue
-            contents.append((suffix, self.text_field if suffix == ".jsonl" else None, content))
-        faults.raise_if_any()
-        return hashlib.blake2b(json.dumps(contents).encode(), digest_size=16).hexdigest()
+        return digest_of_files(self.files, self.name, (self.text_column,))
 
     def pieces(self, faults: Faults) -> Iterator[Piece]:
         for file in self.files:
+            if file.suffix.lower() != TEXT:
+                yield from _texts_of(read_rows(file, (self.text_column,), faults), faults)
+                continue
             try:
-                yield from READERS[file.suffix.lower()](file, self.text_field, faults)
+                yield from _read_text(file, faults)
             except OSError:
                 faults.add(str(file), fault.UNREADABLE)
 
 
-def _read_text(file: Path, _: str, faults: Faults) -> Iterator[Piece]:
+def _read_text(file: Path, faults: Faults) -> Iterator[Piece]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with file.open("rb") as stream:
         blocks = chain(iter(lambda: stream.read(BLOCK), b""), [b""])
@@ -142,122 +113,36 @@ def _read_text(file: Path, _: str, faults: Faults) -> Iterator[Piece]:
                 empty = False
                 yield piece
         except UnicodeDecodeError:
-            stream.seek(0)
-            for number, line in enumerate(stream, start=1):
-                if _decoded(line) is None:
-                    faults.add(str(file), fault.NOT_UTF8, number)
+            note_not_utf8(file, faults)
             return
     if empty:
         faults.add(str(file), fault.EMPTY)
 
 
-def _read_json_lines(file: Path, text_field: str, faults: Faults) -> Iterator[Piece]:
-    count = 0
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if not line.strip():
-                continue
-            count += 1
-            text = _text_of(line, text_field)
-            if isinstance(text, fault.Fault):
-                faults.add(str(file), text, number)
-            else:
-                yield from cut([text])
-    if not count:
-        faults.add(str(file), fault.EMPTY)
-
-
-def _text_of(line: bytes, text_field: str) -> str | fault.Fault:
-    """The text in one line of a .jsonl file, or what is wrong with it."""
-    decoded = _decoded(line)
-    if decoded is None:
-        return fault.NOT_UTF8
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError):
-        return fault.NOT_JSON
-    if not isinstance(record, dict):
-        return fault.NOT_OBJECT
-    return _checked(cast("dict[str, object]", record).get(text_field))
-
-
-def _checked(text: object) -> str | fault.Fault:
-    if text is None:
-        return fault.NO_FIELD
-    if not isinstance(text, str):
-        return fault.NOT_TEXT
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return fault.SURROGATE
-    return text or fault.EMPTY
-
-
-def _decoded(line: bytes) -> str | None:
-    try:
-        return line.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-READERS = {".txt": _read_text, ".jsonl": _read_json_lines}
-
-
-# --- Hugging Face datasets ----------------------------------------------------------------------------------------
-
-
-class HuggingFaceDataset(Protocol):
-    """What is used of `datasets.Dataset` and `datasets.IterableDataset`."""
-
-    @property
-    def column_names(self) -> list[str] | None: ...
-
-    def select_columns(self, column_names: str) -> HuggingFaceDataset: ...
-
-    def iter(self, batch_size: int) -> Iterator[dict[str, Sequence[object]]]: ...
-
-
 @dataclass(frozen=True)
 class TextColumn:
-    """A column of texts."""
+    """The one column of a table in memory."""
 
-    dataset: HuggingFaceDataset
-    text_field: str
-    name: str = "the Hugging Face dataset"
+    table: Table
 
-    @classmethod
-    def of(cls, dataset: HuggingFaceDataset, text_field: str) -> TextColumn:
-        columns = dataset.column_names
-        if columns is not None and text_field not in columns:
-            raise DataError(
-                f"the Hugging Face dataset has no column {text_field!r}, but {columns}; name its text column "
-                "with text_field, or rename it: dataset.rename_column(..., 'text')"
-            )
-        return cls(dataset.select_columns(text_field), text_field)
-
-    def _texts(self) -> Iterator[object]:
-        for batch in self.dataset.iter(ROWS):
-            yield from batch[self.text_field]
+    @property
+    def name(self) -> str:
+        return self.table.name
 
     def digest(self) -> str:
-        whole = hashlib.blake2b(b"text column", digest_size=16)
-        for text in self._texts():
-            content = text.encode(errors="surrogatepass") if isinstance(text, str) else repr(text).encode()
-            whole.update(len(content).to_bytes(8, "little") + content)
-        return whole.hexdigest()
+        return self.table.digest()
 
     def pieces(self, faults: Faults) -> Iterator[Piece]:
-        count = 0
-        for count, value in enumerate(self._texts(), start=1):
-            text = _checked(value)
-            if isinstance(text, fault.Fault):
-                faults.add(self.name, text, count - 1, unit="row")
-            else:
-                yield from cut([text])
-        if not count:
-            faults.add(self.name, fault.EMPTY)
+        yield from _texts_of(self.table.rows(faults), faults)
+
+
+def _texts_of(rows: Iterable[Row], faults: Faults) -> Iterator[Piece]:
+    for row in rows:
+        text = text_in(row.values[0])
+        if isinstance(text, fault.Fault):
+            faults.add(row.place, text, row.number, unit=row.unit)
+        else:
+            yield from cut([text])
 
 
 # --- token ids ----------------------------------------------------------------------------------------------------

@@ -115,9 +115,6 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
         training["betas"] = draw(st.lists(below_one, min_size=2, max_size=2))
         training["epsilon"] = draw(numbers(0, 1, exclude_min=True))
     others = sections(
-        objective=st.sampled_from(
-            ["causal-lm", "masked-lm", "sequence-classification", "token-classification"]
-        ),
         sequence_length=counts,
         weight_decay=numbers(0, 1),
         max_grad_norm=st.none() | numbers(0, 100, exclude_min=True),
@@ -127,7 +124,24 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
         evaluate_every=st.none() | counts,
         seed=st.integers(0, 2**63 - 1),
     )
-    return training | draw(others)
+    return training | draw(others) | draw(objectives())
+
+
+@st.composite
+def objectives(draw: st.DrawFn) -> dict[str, Any]:
+    """An objective and the settings that it alone takes."""
+    names = ["causal-lm", "masked-lm", "sequence-classification", "token-classification"]
+    settings: dict[str, Any] = {"objective": draw(st.sampled_from(names))}
+    columns = draw(st.lists(paths, min_size=3, max_size=3, unique=True))
+    if draw(st.booleans()):
+        settings["text_column"] = columns[0]
+    if settings["objective"] == "masked-lm":
+        settings["mask_probability"] = draw(numbers(0, 1, exclude_min=True, exclude_max=True))
+    if settings["objective"] == "sequence-classification" and draw(st.booleans()):
+        settings["pair_column"] = columns[1]
+    if settings["objective"].endswith("-classification"):
+        settings["label_column"] = columns[2]
+    return settings
 
 
 def jobs() -> st.SearchStrategy[dict[str, Any]]:

@@ -42,7 +42,7 @@ def test_json_lines_are_a_document_each_and_blank_lines_are_none(tmp_path):
     file.write_text('{"text": "one", "id": 1}\n\n{"body": "x", "text": "zw\\u00f6\\n"}\r\n  \n')
     assert read(file, tmp_path) == tokens_of("one", "zwö\n")
     file.write_text('{"body": "x"}')
-    assert read(file, tmp_path, text_field="body") == tokens_of("x")
+    assert read(file, tmp_path, text_column="body") == tokens_of("x")
 
 
 def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path, caplog):
@@ -51,12 +51,12 @@ def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path, caplog):
     (corpus / "c.txt").write_text("third")
     (corpus / "b" / "a.TXT").write_text("second")
     (corpus / "a.jsonl").write_text('{"text": "first"}\n')
-    for ignored in (".hidden.txt", "README.md", "table.csv"):
+    for ignored in (".hidden.txt", "README.md", "table.xlsx"):
         (corpus / ignored).write_text("no")
     with caplog.at_level(logging.WARNING):
         assert read(corpus, tmp_path) == tokens_of("first", "second", "third")
     assert [record.message for record in caplog.records] == [
-        f"{corpus}: not read, neither .txt nor .jsonl: table.csv"
+        f"{corpus}: not read, no .txt, .jsonl, .csv or .parquet: table.xlsx"
     ]
 
 
@@ -127,8 +127,8 @@ def test_one_error_lists_every_bad_file_and_line(tmp_path):
         f"  1. {corpus}/a.jsonl, lines 2, 9-11: not valid JSON; write one JSON object on each line",
         f"  2. {corpus}/a.jsonl, line 3: not a JSON object; write one object on each line, "
         'such as {"text": "..."}',
-        f"  3. {corpus}/a.jsonl, line 4: no text field; give every record its text under the field "
-        "that is read, or name that field",
+        f"  3. {corpus}/a.jsonl, line 4: no column 'text', but 'txt'; name the columns with "
+        "training.text_column, pair_column and label_column, or rename them",
         f"  4. {corpus}/a.jsonl, line 5: the text is not a string; make it a string, or leave the record out",
         f"  5. {corpus}/a.jsonl, line 6: empty; remove it, or put the missing text in",
         f"  6. {corpus}/a.jsonl, line 7: half of a surrogate pair; write the whole character, "
@@ -199,7 +199,7 @@ def test_token_ids_that_cannot_be_used_are_listed(tmp_path, ids, message):
         ("nowhere.txt", "nowhere.txt does not exist"),
         (["a.txt", "b.txt"], "pass a directory"),
         ({"train": [1]}, r"dict of data sets \('train'\)"),
-        (7, "can't be a int; pass a .txt or .jsonl file"),
+        (7, "can't be a int; pass a .txt, .jsonl, .csv or .parquet file"),
     ],
 )
 def test_a_source_of_no_known_kind_is_refused(tmp_path, source, message):
@@ -208,10 +208,10 @@ def test_a_source_of_no_known_kind_is_refused(tmp_path, source, message):
 
 
 def test_a_path_of_no_known_kind_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(DataError, match=r"a\.csv ends neither in \.txt nor in \.jsonl"):
-        read(tmp_path / "a.csv", tmp_path)
-    with pytest.raises(DataError, match=r"has no \.txt or \.jsonl file"):
+    (tmp_path / "a.pdf").write_text("a")
+    with pytest.raises(DataError, match=r"a\.pdf does not end in \.txt, \.jsonl, \.csv or \.parquet"):
+        read(tmp_path / "a.pdf", tmp_path)
+    with pytest.raises(DataError, match=r"has no \.txt, \.jsonl, \.csv or \.parquet file"):
         read(tmp_path, tmp_path)
 
 
@@ -272,9 +272,9 @@ def test_a_hugging_face_dataset_is_a_document_a_row(tmp_path, streaming):
 def test_what_is_wrong_with_a_hugging_face_dataset_is_listed(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": ["a", None, "", "", "b"]})
-    with pytest.raises(DataError, match=r"row 1: no text field(.|\n)*rows 2-3: empty"):
+    with pytest.raises(DataError, match=r"row 1: no text;(.|\n)*rows 2-3: empty"):
         read(rows, tmp_path)
-    with pytest.raises(DataError, match=r"no column 'text', but \['body'\].*rename_column"):
+    with pytest.raises(DataError, match=r"no column 'text', but 'body'; .*training\.text_column"):
         read(rows.rename_column("text", "body"), tmp_path)
     with pytest.raises(DataError, match="the Hugging Face dataset: empty"):
         read(rows.select([]), tmp_path)
