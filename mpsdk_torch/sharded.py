@@ -46,7 +46,7 @@ def shard(stage: Transformer, plan: Plan, mesh: DeviceMesh) -> None:
     else:
         for end in ends:
             fully_shard(end, **options)
-        if isinstance(stage.embedding, FSDPModule):
+        if isinstance(stage.embedding, FSDPModule) and not stage.spec.embedding_norm:
             stage.embedding.set_unshard_in_backward(False)  # a lookup's gradient needs no weights
     fully_shard(stage, **options)
     if isinstance(stage.head, FSDPModule) and plan.schedule.turns_at_once:

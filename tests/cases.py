@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from mpsdk.backend import IGNORED_LABEL, Backend, Batch, Place, TensorSource
 from mpsdk.config import Distribution, Training
-from mpsdk.families import read_model
+from mpsdk.families import FAMILIES as TABLES
+from mpsdk.families import TransformerSpec, read_model
 from mpsdk.families.describe import describe_spec
+from mpsdk.families.spec import Objective
 from mpsdk.initialise import RandomSource
 from mpsdk.plan import Plan
 from mpsdk.resolve import resolve
@@ -35,6 +37,31 @@ FAMILIES = {
     "llama-deep": LLAMA | {"num_hidden_layers": 8, "hidden_size": 32, "num_attention_heads": 4,
                            "num_key_value_heads": 2, "intermediate_size": 48},
 }  # fmt: skip
+_SMALL = {
+    "vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+_GROUPED = _SMALL | {"max_position_embeddings": 32, "num_key_value_heads": 2, "classifier_dropout": 0.0}
+EVERY_FAMILY: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2 | {"n_embd": 32, "n_head": 4, "classifier_dropout": 0.0},
+    "bert": {"model_type": "bert", "max_position_embeddings": 32, **_SMALL, **_NO_DROPOUT},
+    "roberta": {"model_type": "roberta", "max_position_embeddings": 34, "type_vocab_size": 1, **_SMALL, **_NO_DROPOUT},
+    "gptj": {"model_type": "gptj", "vocab_size": 101, "n_positions": 32, "n_embd": 32, "n_layer": 4, "n_head": 4,
+             "rotary_dim": 4},
+    "gpt_neo": {"model_type": "gpt_neo", "vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 32,
+                "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5,
+                "classifier_dropout": 0.0},
+    "gpt_neox": {"model_type": "gpt_neox", "max_position_embeddings": 32, "rotary_pct": 0.5, "classifier_dropout": 0.0,
+                 **_SMALL},
+    "llama": {"model_type": "llama", "tie_word_embeddings": True, **_GROUPED},
+    "mistral": {"model_type": "mistral", "sliding_window": 5, **_GROUPED},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, **_GROUPED},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, **_GROUPED},
+}  # fmt: skip
+"""Of every family, with what it has that others haven't: windows, part of the features turning, grouped queries, tying."""
+LABELS = 3
+EVERY_HEAD = [f"{name}-{head.form.objective}" for name, family in TABLES.items() for head in family.heads]
+"""Every family with each of its heads, such as "bert-masked-lm"."""
 SEQUENCE_LENGTH = 16
 GLOBAL_BATCH = 16
 Piece = tuple[
@@ -53,6 +80,12 @@ class Outcome:
     scalars: dict[str, float] = field(default_factory=dict)
 
 
+def spec_of(family: str, objective: Objective | None = None, **model: Any) -> TransformerSpec:
+    """The spec of one of the models above, with other settings of its configuration and the head for `objective`."""
+    config = (FAMILIES | EVERY_FAMILY)[family] if objective else FAMILIES[family]
+    return read_model(config | model, objective=objective, labels=LABELS).spec
+
+
 def make_plan(
     family: str, world_size: int, distribution: dict[str, Any], *, framework: str, **training: Any
 ) -> Plan:
@@ -60,7 +93,7 @@ def make_plan(
         "steps": 10, "global_batch": GLOBAL_BATCH, "sequence_length": SEQUENCE_LENGTH, "accumulation": 2,
         "learning_rate": 1e-3, "max_grad_norm": 0.5, "seed": 3, **training,
     }  # fmt: skip
-    spec = read_model(FAMILIES[family] | settings.pop("model", {})).spec
+    spec = spec_of(family, settings.get("objective"), **settings.pop("model", {}))
     return resolve(
         Distribution.parse(distribution),
         describe_spec(spec),
@@ -88,12 +121,42 @@ def global_batch(
     return {"input_ids": tokens[:, :-1].astype(np.int32), "labels": labels}
 
 
+def batch_of(plan: Plan, step: int) -> Batch:
+    """`global_batch` for the plan's objective: padded left and right where it takes masks, with labels that go with it."""
+    training, spec = plan.training, plan.description.spec
+    vocab_size = plan.description.vocab_size or 0
+    batch = dict(global_batch(step, vocab_size, training.sequence_length, training.global_batch))
+    if training.objective == "causal-lm":
+        return batch
+    assert spec is not None
+    random = np.random.default_rng(2000 + step)
+    rows, length = batch["input_ids"].shape
+    left, right = (random.integers(0, length // 3, size=(rows, 1)) for _ in range(2))
+    if spec.head.pooled == "first":
+        left[:] = 0  # else a sequence's state would be padding's
+    mask = (np.arange(length) >= left) & (np.arange(length) < length - right)
+    ids = np.where(batch["input_ids"] < 2, 2, batch["input_ids"])  # 0 and 1 are padding's
+    batch["input_ids"] = np.where(mask, ids, spec.position_padding or 0).astype(np.int32)
+    batch["attention_mask"] = mask.astype(np.int32)
+    if "token_type_ids" in plan.batch_shapes:
+        batch["token_type_ids"] = (random.random((rows, length)) < 0.5).astype(np.int32)
+    if spec.head.classifies:
+        batch["labels"] = np.where(batch["labels"] < 0, batch["labels"], batch["labels"] % LABELS)
+    if training.objective == "sequence-classification":
+        batch["labels"] = (ids[:, 5] % LABELS).astype(np.int32)
+        return batch
+    batch["labels"] = np.where(mask, batch["labels"], IGNORED_LABEL).astype(np.int32)
+    return batch
+
+
 def rows_of(batch: Batch, plan: Plan, rank: int) -> Batch:
     """This data rank's share, shaped (accumulation, microbatches, microbatch size, length)."""
     share = plan.training.global_batch // plan.data_size
     start = plan.topology.data_rank(rank) * share
-    shape = (plan.training.accumulation, plan.microbatches, plan.microbatch_size, -1)
-    return {name: rows[start : start + share].reshape(shape) for name, rows in batch.items()}
+    shape = (plan.training.accumulation, plan.microbatches, plan.microbatch_size)
+    return {
+        name: rows[start : start + share].reshape(*shape, *rows.shape[1:]) for name, rows in batch.items()
+    }
 
 
 def train(
@@ -117,10 +180,8 @@ def train(
         backend.load(source or RandomSource(plan.description, plan.training.seed))
         outcome = Outcome([], [])
         prepare(outcome)
-        vocab = plan.description.vocab_size or 0
         for step in range(start, start + steps):
-            whole = global_batch(step, vocab, plan.training.sequence_length, plan.training.global_batch)
-            batch = rows_of(whole, plan, place.rank)
+            batch = rows_of(batch_of(plan, step), plan, place.rank)
             rate = plan.training.learning_rate_at(step)
             values = backend.step(batch, step=step, learning_rate=rate).read()
             outcome.losses.append(values["loss"])
@@ -147,9 +208,9 @@ def evaluate_then_train(
         backend.build(plan, place)
         backend.load(RandomSource(plan.description, plan.training.seed))
         for step in range(steps):
-            batch = rows_of(global_batch(step, plan.description.vocab_size or 0), plan, place.rank)
-            total, count = backend.evaluate(batch, step=step)
-            evaluated.append(total / count)
+            batch = rows_of(batch_of(plan, step), plan, place.rank)
+            found = backend.evaluate(batch, step=step)
+            evaluated.append(found.loss / found.count)
             trained.append(backend.step(batch, step=step, learning_rate=1e-2).read()["loss"])
         return evaluated, trained
     finally:

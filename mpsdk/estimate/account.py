@@ -217,11 +217,13 @@ class Account:
         """Whether a block that is computed again stops at its down projection, whose result no backward needs.
 
         PyTorch's checkpoint without reentrance stops at the last tensor that a backward needs; dropout after the down
-        projection needs its mask.
+        projection needs its mask, and a norm after it its result.
         """
+        spec = self.plan.description.spec
+        if spec is not None and spec.norm_position == "after":
+            return False
         if self._cuts:
             return True
-        spec = self.plan.description.spec
         dropped = spec is not None and spec.dropout.residual > 0
         early = self.framework.recomputes == "until the last kept"
         return early and not self.recompute.offload and not dropped
@@ -230,7 +232,20 @@ class Account:
     def stops_before_product(self) -> bool:
         """Whether it stops before that projection's product, not after it: a linear layer that can put off its weight
         gradient is one operation to PyTorch, which keeps its input when all of it is done."""
-        return self._cuts or (self.stops_early and not self.plan.schedule.splits_backward)
+        return self.stops_early and (self._cuts or not self.plan.schedule.splits_backward)
+
+    @property
+    def leaves_again(self) -> int:
+        """How many of a block's two tensor-parallel regions are left again when it is computed again."""
+        spec = self.plan.description.spec
+        if self._cuts and spec is not None and spec.residual != "sequential":
+            return 0  # neither sum is read
+        return 1 if self.stops_early else 2
+
+    def is_looked_up(self, unit: Unit) -> bool:
+        """Whether a unit's backward needs no weights, as that of a lookup."""
+        spec = self.plan.description.spec
+        return unit.kind == "embedding" and not (spec is not None and spec.embedding_norm)
 
     @property
     def _cuts(self) -> bool:

@@ -31,6 +31,8 @@ def embedding_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kep
             if kernels.keeps_masks
             else {"embedding.seeds": SEED}
         )
+    if spec.embedding_norm:
+        kept |= _norm("embedding.summed", spec, sizes, kernels)
     return kept
 
 
@@ -39,21 +41,46 @@ def block_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     masks = spec.dropout.residual and kernels.keeps_masks
     dropout = {".dropout": _dropout(sizes, kernels)} if masks else {}
     return {
-        **_norm("input", spec, sizes, kernels),
-        "attention.input": sizes.whole_hidden,
+        **_entering(spec, sizes, kernels),
         **_attention(spec, sizes, kernels),
         **{f"attention{name}": size for name, size in dropout.items()},
-        **_norm("middle", spec, sizes, kernels),
-        "feed_forward.input": sizes.whole_hidden,
         **_feed_forward(spec, sizes),
         **{f"feed_forward{name}": size for name, size in dropout.items()},
         **_seeds(spec, kernels),
     }
 
 
+def _entering(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What the norms and the first linear layers of a block's two parts keep of what comes in."""
+    both = {"attention.input": sizes.whole_hidden, "feed_forward.input": sizes.whole_hidden}
+    if spec.norm_position == "after":
+        if not sizes.sequence_parallel:
+            both["input"] = both.pop("attention.input")  # nothing stands between the two
+        return both | _norm("middle", spec, sizes, kernels) | _norm("summed", spec, sizes, kernels)
+    if spec.residual == "sequential":
+        return _norm("input", spec, sizes, kernels) | both | _norm("middle", spec, sizes, kernels)
+    first = _norm("input", spec, sizes, kernels)
+    if spec.residual == "parallel":  # the second norm keeps the same input, and all else once more
+        again = {name.replace("input", "middle"): size for name, size in first.items() if name != "input"}
+        return first | both | again
+    if not sizes.sequence_parallel:
+        both.pop("feed_forward.input")  # which is attention's
+    return first | both
+
+
 def head_kept(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What the head and the loss keep; logits themselves are dropped as soon as the loss has read them."""
-    kept = {**_norm("output", spec, sizes, kernels), "head.input": sizes.whole_hidden}
+    kept: Kept = {}
+    if spec.norm_position == "before":
+        kept |= _norm("output", spec, sizes, kernels)
+    if spec.head.classifies:
+        dense = 2 if spec.head.pooler else 1
+        logits = sizes.part * spec.head.labels * FP32
+        return kept | {"head.input": dense * sizes.hidden, "loss.probabilities": logits}
+    if spec.head.transform:
+        kept |= _norm("head.transformed", spec, sizes, kernels)
+        kept |= {"head.transform.input": sizes.hidden, "head.transform.result": sizes.hidden}
+    kept["head.input"] = sizes.whole_hidden
     rows = sizes.vocabulary if kernels.keeps_padding else min(sizes.vocabulary, spec.vocab_size)
     kept["loss.exponentials"] = sizes.tokens * rows * FP32
     kept["loss.factors"] = sizes.tokens * FP32
@@ -138,20 +165,31 @@ def head_workspace(sizes: Sizes, kernels: Kernels) -> int:
 
 def _norm(hidden: str, spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     """What a norm of the hidden states called `hidden` keeps of them."""
-    elements = sizes.part * sizes.width
     if spec.norm == "layernorm":
         bytes_each = FP32 if kernels.fp32_statistics else sizes.compute
         return {hidden: sizes.hidden, f"{hidden}.statistics": 2 * sizes.part * bytes_each}
-    statistics = {f"{hidden}.statistics": sizes.part * FP32}
+    return _rms_norm(hidden, sizes.part, sizes.width, sizes, kernels)
+
+
+def _rms_norm(name: str, rows: int, width: int, sizes: Sizes, kernels: Kernels) -> Kept:
+    """What an RMSNorm of so many rows, called `name`, keeps of them."""
+    statistics = {f"{name}.statistics": rows * FP32}
     if kernels.fused_rms_norm:
-        return {hidden: sizes.hidden, **statistics}
-    name = hidden if sizes.compute == FP32 else f"{hidden}.fp32"
-    return {name: elements * FP32, **statistics, f"{hidden}.normalised": elements * FP32}
+        return {name: rows * width * sizes.compute, **statistics}
+    wide = name if sizes.compute == FP32 else f"{name}.fp32"
+    return {wide: rows * width * FP32, **statistics, f"{name}.normalised": rows * width * FP32}
 
 
 def _attention(spec: TransformerSpec, sizes: Sizes, kernels: Kernels) -> Kept:
     queries, pairs = sizes.tokens * sizes.queries, sizes.tokens * sizes.pairs
     mixed = {"attention.mixed": queries * sizes.compute}
+    if spec.query_key_norm:
+        for name, elements in (("query", queries), ("key", pairs)):
+            rows = elements // sizes.head_size
+            mixed |= _rms_norm(f"attention.projected_{name}", rows, sizes.head_size, sizes, kernels)
+    if spec.masks and kernels.fused_attention:  # which takes a mask of what is out of reach as numbers
+        padded = spec.head.objective != "causal-lm"
+        mixed["attention.reach"] = (sizes.microbatch_size if padded else 1) * sizes.length**2 * sizes.compute
     weights, kernel = _token_pairs(sizes), _attention_kernel(spec, sizes, kernels)
     if kernel != "math":
         statistics = {"attention.logsumexp": _logsumexp(sizes, kernels)}

@@ -75,11 +75,15 @@ def region_messages(account: Account, sizes: Sizes, stage: int) -> Iterator[tupl
     al. 2022 (arXiv:2205.05198, figure 5) with sequence parallelism, Shoeybi et al. 2019 (arXiv:1909.08053, figure 3)
     without. What is computed again is part of the backward."""
     axes, t, blocks = ("tp",), sizes.tensor_parallel, account.blocks(stage)
-    enter, leave = 2 * blocks + account.is_last(stage), 2 * blocks + account.is_first(stage)
+    spec = account.plan.description.spec
+    assert spec is not None
+    last = account.is_last(stage)
+    enter = 2 * blocks + (last and not spec.head.classifies)
+    leave = 2 * blocks + account.is_first(stage)
     enter_again = leave_again = 0
     if account.recompute.mode != "none":
         enter_again = 2 * blocks
-        leave_again = blocks if account.stops_early else 2 * blocks
+        leave_again = account.leaves_again * blocks
     gather = Message(axes, "all-gather", "hidden states", t, sizes.hidden, 1)
     scatter = Message(axes, "reduce-scatter", "hidden states", t, sizes.whole_hidden, 1)
     reduce = Message(axes, "all-reduce", "hidden states", t, sizes.whole_hidden, 1)
@@ -91,7 +95,10 @@ def region_messages(account: Account, sizes: Sizes, stage: int) -> Iterator[tupl
     else:
         yield "forward", replace(reduce, count=leave)
         yield "backward", replace(reduce, count=enter + leave_again)
-    if account.is_last(stage):
+    if last and spec.head.classifies:
+        summed = FP32 if sizes.sequence_parallel else 0
+        yield "forward", Message(axes, "all-reduce", "sums of the loss", t, summed, 1)
+    elif last:
         yield "forward", Message(axes, "all-reduce", "largest logits", t, sizes.tokens * FP32, 1)
         yield "forward", Message(axes, "all-reduce", "sums of the loss", t, 2 * sizes.tokens * FP32, 1)
 
@@ -120,9 +127,7 @@ def _sharded(account: Account) -> Iterator[Message]:
         for number, unit in enumerate(units):
             gathers = 1
             if sharding.gathers == "block":  # in forwards and, unless whole still, in backwards
-                stays = unit.kind == "embedding" or account.turns(
-                    stage, number
-                )  # a lookup's gradient needs no weights
+                stays = account.is_looked_up(unit) or account.turns(stage, number)
                 gathers = account.backwards * (1 if stays else 2)
                 gathers += account.gathers_in_vain(stage) if number == len(units) - 1 else 0
             part = unit.padded(n) // n

@@ -30,7 +30,7 @@ class Sizes:
     pairs: int  # key-value heads · head size
     head_size: int
     features: int
-    vocabulary: int  # rows of the padded vocabulary
+    vocabulary: int  # columns of the logits: rows of the padded vocabulary, or a classifier's classes
     tensor_parallel: int
     sequence_parallel: bool
 
@@ -54,7 +54,7 @@ def sizes_of(plan: Plan) -> Sizes | None:
     length = plan.training.sequence_length
     tokens = plan.microbatch_size * length
     sequence_parallel = t > 1 and plan.distribution.tensor_parallel.sequence_parallel
-    rows = plan.padded_vocab_size // t
+    rows = spec.head.labels if spec.head.classifies else plan.padded_vocab_size // t
     return Sizes(
         compute=COMPUTE_BYTES[plan.distribution.precision.mode],
         microbatch_size=plan.microbatch_size,

@@ -163,6 +163,11 @@ class TransformerSpec(BaseModel):
         """Whether anything is dropped in training."""
         return self.dropout.any or self.head.dropout > 0
 
+    @property
+    def masks(self) -> bool:
+        """Whether a token's reach has to be written down: in windows, and where batches are padded."""
+        return any(size is not None for size in self.attention_windows) or self.head.objective != "causal-lm"
+
     def shortened(self, positions: int | None) -> TransformerSpec:
         """The same with this many positions; None: with all. Raises ConfigError when it has fewer."""
         if positions is None:

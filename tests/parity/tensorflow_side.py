@@ -37,3 +37,34 @@ def logits(directory: str, ids: NDArray[np.int32]) -> NDArray[Any]:
     from mpsdk_tf import from_pretrained
 
     return np.asarray(from_pretrained(directory)(ids))
+
+
+def gradients(
+    directory: str, inputs: dict[str, NDArray[np.int32]], labels: NDArray[np.int32]
+) -> tuple[NDArray[Any], float, dict[str, NDArray[Any]]]:
+    """Of the Keras model that has the weights of a Hugging Face directory: logits, the sum of losses, and its gradients under
+    canonical names."""
+    import tensorflow as tf
+
+    from mpsdk_tf import from_pretrained
+    from mpsdk_tf.comm import TensorGroup
+    from mpsdk_tf.loss import class_cross_entropy_sum, cross_entropy_sum
+    from mpsdk_tf.transformer import named_parameters
+
+    model = from_pretrained(directory)
+    given = {name: tf.constant(values, tf.int32) for name, values in inputs.items()}
+    named = dict(named_parameters(model))
+    with tf.GradientTape() as tape:
+        logits = model(given.pop("input_ids"), **given)
+        if model.spec.head.classifies:
+            loss = class_cross_entropy_sum(logits, tf.constant(labels), group=TensorGroup())
+        else:
+            loss = cross_entropy_sum(
+                logits, tf.constant(labels), vocab_size=model.spec.vocab_size, group=TensorGroup()
+            )
+    found = tape.gradient(loss, [parameter.value for parameter in named.values()])
+    return (
+        np.asarray(logits),
+        float(loss),
+        {name: np.asarray(tf.convert_to_tensor(value)) for name, value in zip(named, found, strict=True)},
+    )

@@ -301,9 +301,9 @@ def evaluate_then_train(place: Place, plan: Plan) -> tuple[float, float, float]:
     try:
         backend.build(plan, place)
         batch = rows_of(global_batch(0, keras_models.VOCABULARY), plan, place.rank)
-        total, count = backend.evaluate(batch, step=0)
+        found = backend.evaluate(batch, step=0)
         values = backend.step(batch, step=0, learning_rate=1e-3).read()
-        return total / count, values["loss"], values["grad_norm"]
+        return found.loss / found.count, values["loss"], values["grad_norm"]
     finally:
         backend.close()
 

@@ -64,8 +64,8 @@ def train_compiled(place: Place, compiler: str, plan: Plan) -> Report:
         _record_first_gradients(backend, report.outcome.gradients)
         for step in range(STEPS):
             batch = rows_of(global_batch(step, plan.description.vocab_size or 0), plan, place.rank)
-            total, tokens = backend.evaluate(batch, step=step)
-            report.evaluated.append(total / tokens)
+            found = backend.evaluate(batch, step=step)
+            report.evaluated.append(found.loss / found.count)
             rate = plan.training.learning_rate_at(step)
             values = backend.step(batch, step=step, learning_rate=rate).read()
             report.outcome.losses.append(values["loss"])
