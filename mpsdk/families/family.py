@@ -24,9 +24,9 @@ class Family:
     `read` turns the configuration's fields into a spec, all but the head, and `write` turns a spec into the fields that make
     it again. `body` pairs its tensors with canonical ones, all but the head's; `ignored` names tensors (same patterns as
     rules) that files may carry and that hold no weights; `spellings` are parts of names in older files, and what they are
-    now. `prefix` is what models with a head put before their base model's tensor names; files written from the base model
-    lack it. `heads`: the first is the usual one. `aliases` maps other names that transformers accepts for a field to the
-    field.
+    now; `in_memory` are parts of names in files, and what they are in transformers' modules. `prefix` is what models with a
+    head put before their base model's tensor names; files written from the base model lack it. `heads`: the first is the
+    usual one. `aliases` maps other names that transformers accepts for a field to the field.
     """
 
     model_type: str
@@ -37,6 +37,7 @@ class Family:
     heads: tuple[FamilyHead, ...]
     ignored: tuple[str, ...] = ()
     spellings: Mapping[str, str] = field(default_factory=dict[str, str])
+    in_memory: Mapping[str, str] = field(default_factory=dict[str, str])
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def rules(self, objective: Objective) -> tuple[WeightRule, ...]:

@@ -112,4 +112,5 @@ GPT_NEOX = Family(
         f"{BLOCK}.attention.masked_bias",
         f"{BLOCK}.attention.rotary_emb.inv_freq",
     ),
+    in_memory={"embed_out.": "lm_head."},  # since transformers 5
 )

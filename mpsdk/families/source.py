@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mpsdk.families.describe import describe_spec
 from mpsdk.families.family import Family
 from mpsdk.families.files import DTYPES, Stored, has_weights, stored_tensors
 from mpsdk.families.layout import HfTensor, hf_tensors
+from mpsdk.families.match import left_out, left_over, match, misshapen, respelt
 from mpsdk.families.spec import TransformerSpec
 from mpsdk.initialise import RandomSource, check_slice
 
@@ -48,8 +48,8 @@ class HuggingFaceSource:
         self.scalars: Mapping[str, float | int] = {}
         description = describe_spec(spec)
         tensors = hf_tensors(family.rules(spec.head.objective), description)
-        found = {_respelt(name, family): stored for name, stored in stored_tensors(self._directory).items()}
-        matched = _match(tensors, found, family.prefix)
+        found = {respelt(name, family): stored for name, stored in stored_tensors(self._directory).items()}
+        matched = match(tensors, found, family.prefix)
         self._new = RandomSource(description, seed)
         self._new_names = _new_layers(tensors, matched, spec)
         if self._new_names:
@@ -60,9 +60,10 @@ class HuggingFaceSource:
             )
         tensors = tuple(tensor for tensor in tensors if tensor.parts[0].name not in self._new_names)
         problems = [
-            *_left_out(tensors, matched),
-            *_unfit(tensors, matched),
-            *_left_over(found, matched, family, spec),
+            *left_out(tensors, matched),
+            *misshapen(tensors, matched),
+            *_unreadable(tensors, matched),
+            *left_over(found, matched, family, spec),
         ]
         if problems:
             raise self._refusal(problems)
@@ -115,13 +116,6 @@ class HuggingFaceSource:
         return CheckpointError("\n  ".join(lines))
 
 
-def _respelt(name: str, family: Family) -> str:
-    """The name in today's spelling."""
-    for older, newer in family.spellings.items():
-        name = name.replace(older, newer)
-    return name
-
-
 def _new_layers(
     tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored], spec: TransformerSpec
 ) -> frozenset[str]:
@@ -137,53 +131,8 @@ def _new_layers(
     return frozenset(name for found in layers.values() if not any(found.values()) for name in found)
 
 
-def _match(tensors: tuple[HfTensor, ...], found: Mapping[str, Stored], prefix: str) -> dict[str, Stored]:
-    """The stored tensor of each expected one, under its full name or, as base models are saved, without the prefix."""
-    matched: dict[str, Stored] = {}
-    for tensor in tensors:
-        for name in (tensor.name, tensor.name.removeprefix(prefix)):
-            if name in found:
-                matched[tensor.name] = found[name]
-                break
-    return matched
-
-
-def _left_out(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iterator[str]:
-    present = {part.name for tensor in tensors if tensor.name in matched for part in tensor.parts}
-    tied = {part.tied_to: part.name for tensor in tensors for part in tensor.parts if part.tied_to}
-    for tensor in tensors:
-        if tensor.name in matched or tensor.tied:
-            continue
-        if all(tied.get(part.name) in present for part in tensor.parts):
-            continue  # its tied twin is there
-        yield f"missing: {tensor.name} {tensor.shape}"
-
-
-def _unfit(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iterator[str]:
+def _unreadable(tensors: tuple[HfTensor, ...], matched: Mapping[str, Stored]) -> Iterator[str]:
     for tensor in tensors:
         stored = matched.get(tensor.name)
-        if stored is None:
-            continue
-        if stored.shape != tensor.shape:
-            yield f"wrong shape: {tensor.name} is {stored.shape}, the configuration makes it {tensor.shape}"
-        if stored.dtype not in DTYPES:
+        if stored is not None and stored.dtype not in DTYPES:
             yield f"wrong type: {tensor.name} is {stored.dtype}; {', '.join(DTYPES)} can be read"
-
-
-def _left_over(
-    found: Mapping[str, Stored], matched: Mapping[str, Stored], family: Family, spec: TransformerSpec
-) -> Iterator[str]:
-    """What belongs to no head of the family; the tensors of its other heads are passed over."""
-    used = {id(stored) for stored in matched.values()}
-    others = [rule.hf for head in family.heads for rule in head.rules]
-    known = [_pattern(template, family.prefix) for template in (*family.ignored, *others)]
-    for name, stored in found.items():
-        if id(stored) in used or any(pattern.fullmatch(name) for pattern in known):
-            continue
-        yield f"unexpected: {name} {stored.shape}, which a {family.model_type} model of {spec.blocks} blocks does not have"
-
-
-def _pattern(template: str, prefix: str) -> re.Pattern[str]:
-    """A template of a tensor's name, with or without the prefix."""
-    base = re.escape(template.removeprefix(prefix)).replace(re.escape("{block}"), r"\d+")
-    return re.compile(f"({re.escape(prefix)})?{base}")

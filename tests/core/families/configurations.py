@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mpsdk.families import Dropout, Rotary, TransformerSpec
+from mpsdk.families import FAMILIES, Dropout, Rotary, TransformerSpec
+from tests.family_configs import configs
 
 GPT2 = {
     "activation_function": "gelu_new",
@@ -136,4 +137,13 @@ def llama_specs(draw: st.DrawFn) -> TransformerSpec:
     )
 
 
-specs = gpt2_specs() | llama_specs()
+@st.composite
+def family_specs(draw: st.DrawFn) -> TransformerSpec:
+    """A spec of any family, with any of its heads."""
+    family = draw(st.sampled_from([*FAMILIES.values()]))
+    head = draw(st.sampled_from(family.heads))
+    config = draw(configs(family.model_type))
+    return family.spec(config, objective=head.form.objective, labels=draw(sizes))
+
+
+specs = gpt2_specs() | llama_specs() | family_specs()

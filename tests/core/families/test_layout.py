@@ -48,7 +48,8 @@ def tensors_and_slices(draw: st.DrawFn) -> tuple[HfTensor, int, tuple[slice, ...
     if fused.interleaved_by == "heads" and spec.key_value_heads != spec.heads:
         fused = WeightRule(fused.hf, fused.canonical, fused.transpose, "key_value_heads")
     family = family_of(spec.family)
-    rest = [rule for rule in family.rules("causal-lm") if not set(rule.canonical) & set(QUERY_KEY_VALUE)]
+    rules = family.rules(spec.head.objective)
+    rest = [rule for rule in rules if not set(rule.canonical) & set(QUERY_KEY_VALUE)]
     tensor = draw(st.sampled_from(hf_tensors([fused, *rest], describe_spec(spec))))
     number = draw(st.integers(0, len(tensor.parts) - 1))
     bounds = [
@@ -84,7 +85,7 @@ def test_a_transposed_slice_reads_no_more_than_its_own_elements():
 @given(spec=specs)
 def test_a_familys_rules_cover_every_tensor_once(spec: TransformerSpec):
     description = describe_spec(spec)
-    tensors = hf_tensors(family_of(spec.family).rules("causal-lm"), description)
+    tensors = hf_tensors(family_of(spec.family).rules(spec.head.objective), description)
     covered = [part.name for tensor in tensors for part in tensor.parts]
     assert sorted(covered) == sorted(tensor.name for tensor in description.tensors())
     assert len({tensor.name for tensor in tensors}) == len(tensors)

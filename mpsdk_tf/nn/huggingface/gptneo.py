@@ -1,0 +1,9 @@
+"""GPT-Neo's weights under Hugging Face's names and under canonical ones: see `mpsdk_tf.nn.huggingface`."""
+
+from mpsdk.families.gpt_neo import GPT_NEO
+from mpsdk.families.translate import Translator
+from mpsdk_tf.nn.huggingface.tensors import TENSORS
+
+_translator = Translator(GPT_NEO, TENSORS)
+translate_state_dict_to_hf_gptneo = _translator.to_hugging_face
+translate_hf_state_dict_to_smdistributed_gptneo = _translator.from_hugging_face

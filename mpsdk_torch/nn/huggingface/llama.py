@@ -1,0 +1,9 @@
+"""Llama's weights under Hugging Face's names and under canonical ones: see `mpsdk_torch.nn.huggingface`."""
+
+from mpsdk.families.llama import LLAMA
+from mpsdk.families.translate import Translator
+from mpsdk_torch.nn.huggingface.tensors import TENSORS
+
+_translator = Translator(LLAMA, TENSORS)
+translate_state_dict_to_hf_llama = _translator.to_hugging_face
+translate_hf_state_dict_to_smdistributed_llama = _translator.from_hugging_face
