@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpsdk_torch.backend import TorchBackend
+    from mpsdk_torch.delayed_param import delay_param_initialization
     from mpsdk_torch.pretrained import from_config, from_pretrained
+    from mpsdk_torch.transformed import transform
 
 _HOMES = {
     "TorchBackend": "mpsdk_torch.backend",
+    "delay_param_initialization": "mpsdk_torch.delayed_param",
     "from_config": "mpsdk_torch.pretrained",
     "from_pretrained": "mpsdk_torch.pretrained",
+    "transform": "mpsdk_torch.transformed",
 }
-__all__ = ["TorchBackend", "from_config", "from_pretrained"]
+__all__ = ["TorchBackend", "delay_param_initialization", "from_config", "from_pretrained", "transform"]
 
 
 def __getattr__(name: str) -> Any:
