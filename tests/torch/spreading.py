@@ -43,11 +43,12 @@ HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification"
 
 
 class Seen(NamedTuple):
-    """What a rank saw: the tensors that differ from the whole model's, how far its logits lie from transformers', and the
-    most elements that it held at once while it got its weights."""
+    """What a rank saw: the tensors that differ from the whole model's, how far its logits lie from transformers', which
+    gradients lie too far from the whole model's, and the most elements that it held at once while it got its weights."""
 
     wrong: list[str]
     distance: float
+    wrong_gradients: list[str]
     peak: int
     elements: int
 
@@ -63,8 +64,9 @@ def make_model(name: str, head: str | None = None) -> Any:
     config = transformers.AutoConfig.for_model(family, **CONFIGS[name])
     model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 1.0))
+        for parameter_name, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and parameter_name.endswith("weight")
+            parameter.copy_(torch.randn(parameter.shape) * 0.15 + float(norm))
     return model.eval()
 
 
@@ -86,43 +88,74 @@ def spread(place: Place, name: str, config: dict[str, Any], how: str) -> Seen:
             model = transform(original, config)
             wrapped, weights = _SPREAD[how](model)
         reference = make_model(name)
-        whole = _whole(reference)
+        whole_model = _whole(reference)
+        whole = dict(whole_model.named_parameters())
         wrong = _differing(model, weights(), whole)
         with torch.no_grad():
             logits = _gathered(wrapped(make_ids()), model)[..., :VOCABULARY]
             expected = reference(make_ids()).logits
         distance = float((logits - expected).abs().max() / expected.abs().max())
-        return Seen(wrong, distance, memory.peak // 4, sum(p.numel() for p in whole.values()))
+        wrong_gradients = [] if how else _wrong_gradients(model, whole_model)
+        return Seen(
+            wrong, distance, wrong_gradients, memory.peak // 4, sum(p.numel() for p in whole.values())
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _whole(reference: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the whole model, as a process of its own would have them."""
+def _whole(reference: Any) -> Any:
+    """The whole model, as a process of its own would have it."""
     from mpsdk_torch import layout, transform
 
     kept, layout._current[:] = layout._current[:], []
     try:
-        return dict(transform(reference, None, load_state_dict_from_rank0=False).named_parameters())
+        return transform(reference, None, load_state_dict_from_rank0=False)
     finally:
         layout._current[:] = kept
 
 
 def _differing(model: Any, found: dict[str, Tensor], whole: dict[str, nn.Parameter]) -> list[str]:
     """Which tensors are not, bit for bit, this rank's part of the whole."""
-    tensors = {tensor.name: tensor for tensor in describe_spec(model.spec).tensors()}
-    wrong = sorted(found.keys() ^ whole.keys())
-    for name in found.keys() & whole.keys():
-        cut = tensors[name].cut_dimension
-        expected, size = whole[name].detach(), model.group.size
-        if cut is not None:
-            padding = (-expected.shape[cut]) % size if tensors[name].role == "vocab" else 0
-            padded = torch.cat([expected, expected.new_zeros(padding, *expected.shape[1:])])
-            expected = padded.chunk(size, cut)[model.group.rank]
-        if not torch.equal(found[name], expected):
+    parts = _parts(model, whole)
+    return sorted(found.keys() ^ parts.keys()) + [
+        name for name in found.keys() & parts.keys() if not torch.equal(found[name], parts[name])
+    ]
+
+
+def _wrong_gradients(model: Any, whole: Any) -> list[str]:
+    """Which gradients of a language model's loss are not this rank's part of those of the whole model."""
+    from mpsdk_torch.loss import cross_entropy_sum
+
+    ids = make_ids()
+    labels = ids.roll(-1, dims=1)
+    cross_entropy_sum(model(ids), labels, vocab_size=VOCABULARY, group=model.group).backward()
+    nn.functional.cross_entropy(whole(ids).flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    expected = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    floor = 1e-9 * max(float(gradient.abs().max()) for gradient in expected.values())
+    parts = _parts(model, expected)
+    wrong: list[str] = []
+    for name, parameter in model.named_parameters():
+        bound = 1e-5 * float(expected[name].abs().max()) + floor
+        if name.endswith("key.bias") and model.spec.rotary is None:
+            bound = 1e3 * floor  # zero, but for rounding: every score of a query moves alike
+        if not float((parameter.grad - parts[name]).abs().max()) <= bound:
             wrong.append(name)
     return wrong
+
+
+def _parts(model: Any, whole: dict[str, Any]) -> dict[str, Tensor]:
+    """This rank's part of each whole tensor."""
+    tensors = {tensor.name: tensor for tensor in describe_spec(model.spec).tensors()}
+    parts: dict[str, Tensor] = {}
+    for name, values in whole.items():
+        values, cut, size = values.detach(), tensors[name].cut_dimension, model.group.size
+        if cut is not None:
+            padding = (-values.shape[cut]) % size if tensors[name].role == "vocab" else 0
+            padded = torch.cat([values, values.new_zeros(padding, *values.shape[1:])])
+            values = padded.chunk(size, cut)[model.group.rank]
+        parts[name] = values
+    return parts
 
 
 def _gathered(logits: Tensor, model: Any) -> Tensor:

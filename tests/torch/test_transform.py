@@ -62,6 +62,7 @@ def test_each_tensor_parallel_rank_gets_its_part(pool: WorkerPool, name: str) ->
     for rank, seen in enumerate(pool.run(2, spread, name, {"tensor_parallel": 2}, "")):
         assert not seen.wrong
         assert seen.distance <= BOUND
+        assert not seen.wrong_gradients
         assert rank == 0 or seen.peak < 0.75 * seen.elements
 
 
