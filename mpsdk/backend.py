@@ -102,6 +102,12 @@ class Evaluation:
     count: float
     confusion: NDArray[np.int64] | None = None
 
+    def joined(self, other: Evaluation) -> Evaluation:
+        """Both batches as one."""
+        found = [part.confusion for part in (self, other) if part.confusion is not None]
+        confusion = sum(found[1:], found[0]) if found else None
+        return Evaluation(self.loss + other.loss, self.count + other.count, confusion)
+
 
 class StepResult(Protocol):
     """A step under way. Nothing is read back from the device until `read` is called, by all ranks together."""

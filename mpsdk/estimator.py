@@ -233,9 +233,9 @@ class Estimator:
         and works as a rank; nothing is spawned, and rank 0 prepares the data and runs the callbacks.
 
         Args:
-            train: a .txt or .jsonl file, a directory of them, a Hugging Face dataset, or token ids; or
-                `{"train": ..., "validation": ...}`. None: as the job file says.
-            validation: the same, or a number such as 0.1: that share at the end of the training data is held out.
+            train: files, a Hugging Face dataset, rows or token ids; or `{"train": ..., "validation": ...}`. None: as the job
+                file says.
+            validation: the same, or a number such as 0.1: that share of the training data is held out.
             resume: "auto": from the newest checkpoint of this run of which every byte is right, else from the beginning.
                 "never": from the beginning, refused where the run has checkpoints already, since nothing is deleted unasked.
                 A path: from that checkpoint, also another run's; refused where this run has newer ones. None: as the job file
@@ -337,10 +337,7 @@ class Estimator:
 
         plan = order.plan
         print(plan_text(plan, self.device(plan.world_size)), end="\n\n", flush=True)
-        preparation = Preparation(
-            self.training, order.model_directory, plan.description.vocab_size, self.output_dir / DATA_CACHE
-        )
-        train, validation = preparation.of(inputs)
+        train, validation = Preparation(order, self.output_dir / DATA_CACHE).of(inputs)
         length = self.training.sequence_length
         samples = f"{len(train.open(length)):,} samples of {length:,} tokens to train on"
         if validation is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import math
 import sys
 import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mpsdk.checkpoint import Checkpoint, find
 from mpsdk.errors import CheckpointError, ConfigError, Problem
@@ -30,12 +29,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 LARGEST_PICTURE = 4096  # stages × microbatches: more bars than that nobody can tell apart
 
 
-class Evaluation(TypedDict):
-    """`loss` in nats a token, the `tokens` it was taken over, and `perplexity`, its exponential."""
-
-    loss: float
-    tokens: int
-    perplexity: float
+Evaluation = dict[str, float]
+"""What `mpsdk.metrics.measured` makes of an evaluation: `loss`, over how many `tokens` or `labels`, and the objective's
+metrics."""
 
 
 class Run:
@@ -80,8 +76,8 @@ class Run:
     @property
     def history(self) -> list[Row]:
         """One row a logged step: `step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds,
-        peak_memory_bytes`, with fp16 also `loss_scale`. Between them, one row an evaluation: `step, validation_loss`. A
-        number that is not finite is None."""
+        peak_memory_bytes`, with fp16 also `loss_scale`. Between them, one row an evaluation: `step, validation_loss`
+        and the objective's metrics, as `validation_perplexity`, `validation_accuracy`. A number that is not finite is None."""
         return History.load(self.output_dir / HISTORY_FILE)
 
     @property
@@ -141,24 +137,22 @@ class Run:
         if dtype not in get_args(Dtype):
             remedy = f"must be one of {', '.join(get_args(Dtype))}"
             raise ConfigError([Problem("dtype", dtype, remedy)], where="the export")
-        hf_config: dict[str, Any] = dict(self._order.hf_config)
-        tokenizer = self.plan.training.tokenizer
-        if tokenizer == "bytes":
-            hf_config = {"eos_token_id": 256, **hf_config}
-        named = {"auto": self._order.model_directory, "bytes": None}.get(tokenizer, tokenizer)
-        directory = Path(named) if named else None
+        hf_config, tokenizer_dir = self._order.carried()
         return export(
             Checkpoint.open(self._newest()),
             spec,
             out_dir,
             hf_config=hf_config,
-            tokenizer_dir=directory.parent if directory and directory.is_file() else directory,
+            tokenizer_dir=tokenizer_dir,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
         )
 
     def evaluate(self, data: object) -> Evaluation:
-        """The loss of the newest checkpoint on `data`, a source as `fit` takes it, computed with the run's own plan.
+        """How good the newest checkpoint is on `data`, a source as `fit` takes it, computed with the run's own plan.
+
+        The `loss`, in nats; of a language model `tokens`, how many it is the mean of, and `perplexity`; of a classifier
+        `labels`, how many, `accuracy`, `f1_macro` and, with two classes, `f1`: see `mpsdk.metrics`.
 
         Raises CheckpointError when there is no checkpoint, ConfigError or DataError for the data, WorkerError when a
         worker fails.
@@ -171,7 +165,7 @@ class Run:
 
             work = work_in_place(place, str(self.output_dir), lambda: self._evaluation_of(data), _no_answer)
             assert work.evaluation is not None
-            return _evaluation(*work.evaluation)
+            return work.evaluation
         heard: list[dict[str, Any]] = []
         order = self._evaluation_of(data)
         self._launcher.run(
@@ -181,15 +175,12 @@ class Run:
             on_event=heard.append,
         )
         (event,) = (event for event in heard if event["event"] == "evaluate")
-        return _evaluation(event["loss"], event["tokens"])
+        return {name: value for name, value in event.items() if name not in ("event", "step")}
 
     def _evaluation_of(self, data: object) -> WorkOrder:
         order = self._order
         newest = self._newest()
-        description = order.plan.description
-        preparation = Preparation(
-            order.plan.training, order.model_directory, description.vocab_size, self.output_dir / DATA_CACHE
-        )
+        preparation = Preparation(order, self.output_dir / DATA_CACHE)
         changes = {
             "mode": "evaluate",
             "resume": newest,
@@ -274,14 +265,6 @@ def draw_pictures(run: Run) -> None:
         drawn = (directory / PICTURE).exists()  # in an earlier start of the run
         if not drawn and has_actions(directory):
             draw_profile(directory)
-
-
-def _evaluation(loss: float, tokens: int) -> Evaluation:
-    try:
-        perplexity = math.exp(loss)
-    except OverflowError:
-        perplexity = math.inf
-    return Evaluation(loss=loss, tokens=tokens, perplexity=perplexity)
 
 
 def _no_answer(event: dict[str, Any]) -> None:

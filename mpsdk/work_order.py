@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from mpsdk.backend import TensorSource
 from mpsdk.checkpoint.storage import is_remote
 from mpsdk.config import Profile
-from mpsdk.data.dataset import Dataset, Part
+from mpsdk.data import Dataset, LabelledRows, MaskedText, Masking, Samples
+from mpsdk.data.dataset import Part
 from mpsdk.errors import MpsdkError
 from mpsdk.families.registry import family_of
 from mpsdk.initialise import RandomSource
@@ -31,11 +32,17 @@ class PreparedData(BaseModel):
     directory: str
     part: Part = "train"
     validation_fraction: float = 0.0
+    labelled: bool = False  # rows with labels, else text
+    masking: Masking | None = None  # of text, for masked-lm
 
-    def open(self, sequence_length: int) -> Dataset:
-        return Dataset.open(
-            self.directory, sequence_length, part=self.part, validation_fraction=self.validation_fraction
-        )
+    def open(self, sequence_length: int) -> Samples:
+        """Raises DataError when the folder is damaged, or too little is in it."""
+        held_out = self.validation_fraction
+        if self.labelled:
+            return LabelledRows.open(self.directory, part=self.part, validation_fraction=held_out)
+        window = sequence_length - (self.masking.added if self.masking else 0)
+        text = Dataset.open(self.directory, window, part=self.part, validation_fraction=held_out)
+        return MaskedText(text, self.masking) if self.masking else text
 
 
 class WorkOrder(BaseModel):
@@ -78,6 +85,17 @@ class WorkOrder(BaseModel):
         assert self.model_directory is not None and description.spec is not None
         family, seed = family_of(description.spec.family), self.plan.training.seed
         return HuggingFaceSource(self.model_directory, family, description.spec, seed=seed)
+
+    def carried(self) -> tuple[dict[str, JsonValue], Path | None]:
+        """What an export of this run's weights takes along: the configuration that the model began with, and the directory of
+        its tokenizer's files. None: it has no files."""
+        tokenizer = self.plan.training.tokenizer
+        named = {"auto": self.model_directory, "bytes": None}.get(tokenizer, tokenizer)
+        directory = Path(named) if named else None
+        if directory is not None and directory.is_file():
+            directory = directory.parent
+        ends: dict[str, JsonValue] = {"eos_token_id": 256} if tokenizer == "bytes" else {}
+        return ends | self.hf_config, directory
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole or not at all: a run that is looked at meanwhile finds the old one or the new."""

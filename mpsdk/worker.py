@@ -26,15 +26,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsdk.backend import WEIGHT, Place, StepResult, TensorSource, load_backend
+from mpsdk.backend import WEIGHT, Evaluation, Place, StepResult, TensorSource, load_backend
 from mpsdk.checkpoint import Checkpoint, commit, find, prune, remove_leftovers, step_directory, write_rank
 from mpsdk.checkpoint.names import step_of
-from mpsdk.data import Dataset, SampleStream, evaluation_batches, training_batch
+from mpsdk.data import Samples, SampleStream, evaluation_batches, training_batch
 from mpsdk.errors import WorkerError
 from mpsdk.factory import make_importable
 from mpsdk.launch.control import Control
 from mpsdk.launch.environment import generation_from_environment, run_directory_from_environment
 from mpsdk.launch.worker_main import guard
+from mpsdk.metrics import measured, validation_row
 from mpsdk.profile import PLAN_FILE, step_folder
 from mpsdk.report.history import History, only_finite
 from mpsdk.resume import Start, find_start
@@ -64,7 +65,7 @@ class Work:
         self.step = 0  # optimizer steps done
         self.samples_consumed = 0
         self._stop_wanted = False
-        self.evaluation: tuple[float, int] | None = None  # the last one: loss, tokens
+        self.evaluation: dict[str, float] | None = None  # what the last one measured
         self._saved: int | None = None  # the step of the last checkpoint
         self._result: StepResult | None = None  # of the newest step, perhaps still under way
         self._batch_layout = {
@@ -74,6 +75,7 @@ class Work:
             "data_rank": self.plan.topology.data_rank(place.rank),
             "data_size": self.plan.data_size,
         }
+        self._arrays = tuple(self.plan.batch_shapes)
 
     def run(self) -> None:
         """Train or evaluate. After an error the backend stays open: closing it might wait for a rank that is gone."""
@@ -125,9 +127,12 @@ class Work:
         self._save()
         self._tell("end", step=self.step, reason="stopped" if self.step < training.steps else "finished")
 
-    def _take_step(self, dataset: Dataset, stream: SampleStream, clock: _Clock) -> StepResult:
+    def _take_step(self, dataset: Samples, stream: SampleStream, clock: _Clock) -> StepResult:
         self.place.note(f"step {self.step}: reading the batch")
-        batch = training_batch(dataset, stream, samples_consumed=self.samples_consumed, **self._batch_layout)
+        consumed = self.samples_consumed
+        batch = training_batch(
+            dataset, stream, samples_consumed=consumed, arrays=self._arrays, **self._batch_layout
+        )
         self.place.note(f"step {self.step}: training")
         learning_rate = self.training.learning_rate_at(self.step)
         with self._profiling(clock):
@@ -205,19 +210,18 @@ class Work:
         self._tell("log", **row)
 
     def _evaluate(self) -> None:
-        """Loss over the validation data, if there are any."""
+        """Loss and metrics over the validation data, if there are any; the same on all ranks, as the backends' sums are."""
         if self.validation is None:
             return
-        total = count = 0.0
-        for number, batch in enumerate(evaluation_batches(self.validation, **self._batch_layout)):
+        total = Evaluation(0.0, 0.0)
+        batches = evaluation_batches(self.validation, arrays=self._arrays, **self._batch_layout)
+        for number, batch in enumerate(batches):
             self.place.note(f"evaluation {self.step}: batch {number}")
-            found = self.backend.evaluate(batch, step=self.step)
-            total, count = total + found.loss, count + found.count
-        loss = total / max(count, 1.0)
-        self.evaluation = loss, int(count)
+            total = total.joined(self.backend.evaluate(batch, step=self.step))
+        self.evaluation = measured(total)
         if self.order.mode == "train":
-            self._record({"step": self.step, "validation_loss": loss})
-        self._tell("evaluate", step=self.step, loss=loss, tokens=int(count))
+            self._record({"step": self.step, **validation_row(self.evaluation)})
+        self._tell("evaluate", step=self.step, **self.evaluation)
 
     def _save(self) -> None:
         """A checkpoint of this step, written by all ranks and committed by rank 0; once a step."""
@@ -288,7 +292,7 @@ class Work:
         checkpoint = Checkpoint.open(start.checkpoint)
         return checkpoint if self.order.mode == "train" else _WeightsOf(checkpoint)
 
-    def _open(self, data: PreparedData) -> Dataset:
+    def _open(self, data: PreparedData) -> Samples:
         return data.open(self.training.sequence_length)
 
     def _record(self, row: Mapping[str, Any]) -> None:

@@ -15,9 +15,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,43 +60,61 @@ def prepare(
     """
     opened = open_source(source, vocab_size=tokenizer.vocab_size, text_column=text_column)
     content = opened.digest()
-    directory = Path(cache_directory) / _key(content, tokenizer)
+    directory = Path(cache_directory) / key_of([FORMAT, VERSION, content, tokenizer.fingerprint])
+
+    def fill(folder: Path) -> str:
+        header = _write_tokens(opened, content, tokenizer, folder / TOKENS_FILE)
+        if opened.digest() != content:
+            raise changed(opened.name)
+        return header.to_json()
+
     if not directory.exists():
-        _write(opened, content, tokenizer, directory)
+        write_once(directory, opened.name, fill)
     return Dataset.open(
         directory, sequence_length, part=part, validation_fraction=validation_fraction, name=opened.name
     )
 
 
-def _key(content: str, tokenizer: Tokenizer) -> str:
-    identity = json.dumps([FORMAT, VERSION, content, tokenizer.fingerprint])
-    return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+def key_of(identity: list[object]) -> str:
+    """The name of a prepared folder: equal for what would be prepared equally."""
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
-def _write(source: Source, content: str, tokenizer: Tokenizer, directory: Path) -> None:
+def changed(name: str) -> DataError:
+    return DataError(f"{name} changed while it was being read; run again when it is complete")
+
+
+def write_once(directory: Path, name: str, fill: Callable[[Path], str]) -> None:
+    """Make `directory`, whole or not at all, of what `fill` writes into a folder and of the header that it returns.
+
+    Raises DataError when that can't be written; `name` is of the data, for messages.
+    """
     unfinished = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex[:12]}")
     started = time.monotonic()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(directory.parent)
         unfinished.mkdir()
-        header = _write_tokens(source, content, tokenizer, unfinished / TOKENS_FILE)
-        if source.digest() != content:
-            raise DataError(f"{source.name} changed while it was being read; run again when it is complete")
+        header = fill(unfinished)
         with (unfinished / HEADER_FILE).open("x", encoding="utf-8") as file:
-            file.write(header.to_json())
+            file.write(header)
             file.flush()
             os.fsync(file.fileno())
         _commit(unfinished, directory)
     except OSError as error:
-        raise DataError(f"{source.name} can't be tokenised into {directory.parent}: {error}") from error
+        raise DataError(f"{name} can't be tokenised into {directory.parent}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # nothing is there any more once it is committed
-    log.info("tokenised %s: %d tokens in %.1f s", source.name, header.tokens, time.monotonic() - started)
+    log.info("tokenised %s in %.1f s", name, time.monotonic() - started)
+
+
+def dtype_of(tokenizer: Tokenizer) -> Literal["<u2", "<u4"]:
+    """The smallest integers that hold its ids."""
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def _write_tokens(source: Source, content: str, tokenizer: Tokenizer, path: Path) -> Header:
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    dtype = dtype_of(tokenizer)
     tokens = 0
     with path.open("xb") as file:
         for ids in _encoded(source, tokenizer):

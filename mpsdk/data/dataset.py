@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mpsdk.errors import DataError
 
@@ -21,6 +22,7 @@ HEADER_FILE = "dataset.json"
 
 Part = Literal["train", "validation"]
 Token = np.uint16 | np.uint32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,31 @@ class Header:
     @classmethod
     def read(cls, directory: Path) -> Header:
         """Raises DataError when `directory` holds no dataset of this version."""
-        try:
-            values = cast("dict[str, object]", json.loads((directory / HEADER_FILE).read_text("utf-8")))
-            if (values.pop("format"), values.pop("version")) == (FORMAT, VERSION):
-                return cls(**values)  # type: ignore[arg-type]
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{directory} is not a prepared dataset: {HEADER_FILE} is missing or unreadable"
-            ) from error
+        return read_header(directory, lambda values: cls(**values), FORMAT, VERSION)
+
+
+def read_header(directory: Path, make: Callable[[dict[str, Any]], T], form: str, version: int) -> T:
+    """What `make` makes of the fields in `dataset.json`. Raises DataError unless it has those of this version of `form`."""
+    try:
+        values = cast("dict[str, Any]", json.loads((directory / HEADER_FILE).read_text("utf-8")))
+        if (values.pop("format"), values.pop("version")) == (form, version):
+            return make(values)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f"{directory} holds another version of the {FORMAT} format; delete it and prepare it again"
+            f"{directory} is not a prepared dataset: {HEADER_FILE} is missing or unreadable"
+        ) from error
+    raise DataError(f"{directory} holds another version of the {form} format; delete it and prepare it again")
+
+
+def mapped(file: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The array in `file`, read-only and memory-mapped. Raises DataError when the file has another size."""
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    found = file.stat().st_size if file.exists() else 0
+    if found != expected:
+        raise DataError(
+            f"{file} is damaged: it has {found} bytes and should have {expected}; delete {file.parent} and run again"
         )
+    return np.memmap(file, dtype=dtype, mode="r", shape=shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +107,13 @@ class Dataset:
         if sequence_length < 1:
             raise DataError(f"sequence_length must be at least 1, not {sequence_length}")
         header = Header.read(directory)
-        file = directory / TOKENS_FILE
-        expected = header.tokens * np.dtype(header.dtype).itemsize
-        found = file.stat().st_size if file.exists() else 0
-        if found != expected:
-            raise DataError(
-                f"{file} is damaged: it has {found} bytes and should have {expected}; delete {directory} and run again"
-            )
+        token_ids = mapped(directory / TOKENS_FILE, header.dtype, (header.tokens,))
         samples = (header.tokens - 1) // sequence_length
         if samples < 1:
             raise DataError(
                 f"{name} has {header.tokens} tokens, too few for one sample of sequence_length {sequence_length} + 1: "
                 f"use a sequence_length of at most {header.tokens - 1}, or more data"
             )
-        token_ids = cast("NDArray[Token]", np.memmap(file, dtype=header.dtype, mode="r"))
         whole = cls(directory, header, token_ids, sequence_length, first=0, length=samples)
         if part == "train" and validation_fraction == 0.0:
             return whole
@@ -129,14 +138,15 @@ class Dataset:
         identity = [self.header.content, self.header.tokenizer, self.sequence_length, self.first, self.length]
         return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
-    def rows(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int32]]:
-        """`input_ids` and `labels`, each int32 of shape (len(indices), sequence_length).
+    def rows(
+        self, indices: NDArray[np.int64], epochs: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[np.int32]]:
+        """`input_ids` and `labels`, each int32 of shape (len(indices), sequence_length), the same in all `epochs`.
 
         Labels are shifted already: `labels[i, t]` is the token after `input_ids[i, t]`.
         Raises IndexError for an index outside [0, len(self)).
         """
-        if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= self.length):
-            raise IndexError(f"sample indices must be in [0, {self.length}); got {indices}")
+        check_indices(indices, self.length)
         starts = (indices.astype(np.int64) + self.first) * self.sequence_length
         positions = starts[:, None] + np.arange(self.sequence_length + 1)
         window = self.token_ids[positions].astype(np.int32)
@@ -154,18 +164,33 @@ def split_validation(
     No label is in both. The cut depends on the fraction and on the number of samples alone.
     Raises DataError unless 0 < fraction < 1 and both parts get a sample.
     """
+    kept = kept_of(dataset.length, fraction, name=name)
+    rest = dataset.length - kept
+    return replace(dataset, length=kept), replace(dataset, first=dataset.first + kept, length=rest)
+
+
+def kept_of(samples: int, fraction: float, *, name: str) -> int:
+    """How many of `samples` stay when `fraction` of them, at least one, is held out.
+
+    Raises DataError unless 0 < fraction < 1 and both parts get a sample.
+    """
     if not 0.0 < fraction < 1.0:
         raise DataError(
             f"validation_fraction must be between 0 and 1 to hold out samples of {name}; got {fraction}"
         )
-    held_out = max(1, round(fraction * dataset.length))
-    kept = dataset.length - held_out
+    kept = samples - max(1, round(fraction * samples))
     if kept < 1:
         raise DataError(
-            f"holding out {fraction} of the {dataset.length} samples of {name} leaves none to train on: "
+            f"holding out {fraction} of the {samples} samples of {name} leaves none to train on: "
             "use a smaller validation_fraction, a shorter sequence_length, or more data"
         )
-    return replace(dataset, length=kept), replace(dataset, first=dataset.first + kept, length=held_out)
+    return kept
+
+
+def check_indices(indices: NDArray[np.int64], length: int) -> None:
+    """Raises IndexError for an index outside [0, length)."""
+    if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= length):
+        raise IndexError(f"sample indices must be in [0, {length}); got {indices}")
 
 
 def unigram_entropy(dataset: Dataset) -> float:

@@ -67,6 +67,10 @@ class SampleStream:
             )
         return self.indices(samples_consumed + data_rank * share, share)
 
+    def epochs(self, start: int, count: int) -> NDArray[np.int64]:
+        """How often the stream has been through the dataset before each of these samples; shape (count,)."""
+        return np.arange(start, start + count, dtype=np.int64) // self.length
+
     def _epoch(self, epoch: int) -> Permutation:
         key = json.dumps([_PURPOSE, self.seed, epoch, self.fingerprint])
         return Permutation(self.length, key.encode())

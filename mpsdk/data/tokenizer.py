@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsdk.data.encoding import BytesRows, HuggingFaceRows, RowEncoder, Specials
 from mpsdk.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 
 FIELD = "training.tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
+USUAL = {"sep_token": ("[SEP]",), "pad_token": ("[PAD]", "<pad>"), "mask_token": ("[MASK]", "<mask>")}
+"""What transformers' tokenizers call these tokens where their files don't say."""
 INSTALL = "pip install 'mpsdk[hf]'"
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data room needs of a tokenizer. No special tokens are added; documents are ended by the caller."""
+    """What the data room needs of a tokenizer. But for `rows`, no special tokens are added; documents are ended by the
+    caller."""
 
     @property
     def vocab_size(self) -> int:
@@ -39,6 +43,13 @@ class Tokenizer(Protocol):
         """Equal for tokenizers that give equal ids; part of the key under which tokenised data are kept."""
         ...
 
+    @property
+    def specials(self) -> Specials: ...
+
+    def rows(self, length: int) -> RowEncoder:
+        """What makes rows of at most `length` tokens, with special tokens."""
+        ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -51,7 +62,9 @@ class Tokenizer(Protocol):
 
 
 class BytesTokenizer:
-    """The bytes of the UTF-8 text, ids 0 to 255; 256 ends a document.
+    """The bytes of the UTF-8 text, ids 0 to 255; 256 ends a document, or a text of a row.
+
+    Two bytes that UTF-8 never has serve as special tokens: 254 fills rows up, 255 masks.
 
     >>> BytesTokenizer().encode("né")
     [110, 195, 169]
@@ -60,6 +73,10 @@ class BytesTokenizer:
     vocab_size = 257
     end_of_document = 256
     fingerprint = "bytes-1"
+    specials = Specials(pad=254, mask=255, ids=(254, 255, 256))
+
+    def rows(self, length: int) -> RowEncoder:
+        return BytesRows(length, end=self.end_of_document)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -80,6 +97,10 @@ class HuggingFaceTokenizer:
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    specials: Specials
+
+    def rows(self, length: int) -> RowEncoder:
+        return HuggingFaceRows(self.backend, length, cuts_left=self.specials.cuts_left)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -115,11 +136,12 @@ def load_tokenizer(spec: str | Path, model_directory: str | Path | None = None) 
 
 def _load(path: Path, spec: str | Path) -> HuggingFaceTokenizer:
     file = path if path.is_file() else path / TOKENIZER_FILE
-    backend, end = _from_file(file, spec) if file.exists() else _from_transformers(path, spec)
+    backend, named = _from_file(file, spec) if file.exists() else _from_transformers(path, spec)
     # A tokenizer.json may carry the truncation and padding of the task that it was last used for.
     backend.no_truncation()
     backend.no_padding()
     vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    end = named.end
     if end is None or not 0 <= end < vocab_size:
         raise _problem(
             spec,
@@ -128,10 +150,38 @@ def _load(path: Path, spec: str | Path) -> HuggingFaceTokenizer:
         )
     identity = hashlib.blake2b(backend.to_str().encode(), digest_size=16)
     identity.update(str(end).encode())
-    return HuggingFaceTokenizer(backend, vocab_size, end, identity.hexdigest())
+    specials = _specials(backend, named, end)
+    return HuggingFaceTokenizer(backend, vocab_size, end, identity.hexdigest(), specials)
 
 
-def _from_file(file: Path, spec: str | Path) -> tuple[tokenizers.Tokenizer, int | None]:
+class _Named(NamedTuple):
+    """What is written beside a tokenizer: the ids of some tokens, and at which end rows are filled up and cut."""
+
+    end: int | None
+    pad: int | None
+    mask: int | None
+    padding_side: str
+    truncation_side: str
+
+
+def _specials(backend: tokenizers.Tokenizer, named: _Named, end: int) -> Specials:
+    pad = end if named.pad is None else named.pad
+    added = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    stated = {i for i in (end, pad, named.mask) if i is not None}
+    around = backend.encode("a")
+    text = [place for place, special in enumerate(around.special_tokens_mask) if not special]
+    return Specials(
+        pad=pad,
+        mask=named.mask,
+        ids=tuple(sorted(added | stated)),
+        prefix=tuple(around.ids[: text[0]]) if text else (),
+        suffix=tuple(around.ids[text[-1] + 1 :]) if text else (),
+        pads_left=named.padding_side == "left",
+        cuts_left=named.truncation_side == "left",
+    )
+
+
+def _from_file(file: Path, spec: str | Path) -> tuple[tokenizers.Tokenizer, _Named]:
     try:
         import tokenizers
     except ImportError as error:
@@ -140,30 +190,38 @@ def _from_file(file: Path, spec: str | Path) -> tuple[tokenizers.Tokenizer, int 
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise _problem(spec, f"{file} can't be read as a tokenizer: {error}") from error
-    return backend, _end_of_document(file.parent, backend)
+    directory = file.parent
+    settings = _read(directory / "tokenizer_config.json")
+    end = _token("eos_token", directory, backend)
+    return backend, _Named(
+        end=_token("sep_token", directory, backend) if end is None else end,  # BERT has only that
+        pad=_token("pad_token", directory, backend),
+        mask=_token("mask_token", directory, backend),
+        padding_side=settings.get("padding_side", "right"),
+        truncation_side=settings.get("truncation_side", "right"),
+    )
 
 
-def _end_of_document(directory: Path, backend: tokenizers.Tokenizer) -> int | None:
-    """The end-of-sequence token that the files beside tokenizer.json name, else the separator (BERT has only that)."""
-    named = [_read(directory / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    for role in ("eos_token", "sep_token"):
-        for settings in named:
-            token: Any = settings.get(role)
-            content = cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
-            if isinstance(content, str) and (found := backend.token_to_id(content)) is not None:
-                return found
-        identifiers: Any = _read(directory / "config.json").get(f"{role}_id")
-        for identifier in cast("list[Any]", identifiers) if isinstance(identifiers, list) else [identifiers]:
-            if isinstance(identifier, int):
-                return identifier
-    return None
+def _token(role: str, directory: Path, backend: tokenizers.Tokenizer) -> int | None:
+    """The id of the token that the files beside tokenizer.json name for `role`, else of what is usual, if it is there."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token: Any = _read(directory / name).get(role)
+        content = cast("dict[str, Any]", token).get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and (found := backend.token_to_id(content)) is not None:
+            return found
+    identifiers: Any = _read(directory / "config.json").get(f"{role}_id")
+    for identifier in cast("list[Any]", identifiers) if isinstance(identifiers, list) else [identifiers]:
+        if isinstance(identifier, int):
+            return identifier
+    usual = (backend.token_to_id(content) for content in USUAL.get(role, ()))
+    return next((found for found in usual if found is not None), None)
 
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8")) if file.exists() else {}
 
 
-def _from_transformers(directory: Path, spec: str | Path) -> tuple[tokenizers.Tokenizer, int | None]:
+def _from_transformers(directory: Path, spec: str | Path) -> tuple[tokenizers.Tokenizer, _Named]:
     """Vocabulary files of an older kind (vocab.json and merges.txt, a sentencepiece model, ...), converted."""
     if not directory.is_dir() or not any(directory.iterdir()):
         raise _problem(spec, f"there is no tokenizer in {directory}")
@@ -183,8 +241,14 @@ def _from_transformers(directory: Path, spec: str | Path) -> tuple[tokenizers.To
         raise _problem(
             spec, f"the tokenizer in {directory} has no fast form; save it as a {TOKENIZER_FILE} first"
         )
-    end = loaded.eos_token_id if loaded.eos_token_id is not None else loaded.sep_token_id
-    return cast("tokenizers.Tokenizer", backend), cast("int | None", end)
+    named = _Named(
+        end=loaded.eos_token_id if loaded.eos_token_id is not None else loaded.sep_token_id,
+        pad=loaded.pad_token_id,
+        mask=loaded.mask_token_id,
+        padding_side=loaded.padding_side,
+        truncation_side=loaded.truncation_side,
+    )
+    return cast("tokenizers.Tokenizer", backend), named
 
 
 def _problem(spec: str | Path, remedy: str) -> ConfigError:

@@ -27,7 +27,7 @@ class Callback:
         """
 
     def on_evaluate(self, row: Row) -> str | None:
-        """An evaluation is done: `step`, `validation_loss`. Returning "stop" asks for a stop at the next chance."""
+        """An evaluation is done: its row of `run.history`. Returning "stop" asks for a stop at the next chance."""
 
     def on_checkpoint(self, event: Event) -> None:
         """A checkpoint is complete: `step`, `path`."""

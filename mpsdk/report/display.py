@@ -75,10 +75,28 @@ class Progress:
         if "loss" in self.row:
             parts.append(f"loss {self.row['loss']:.4f}")
         if self.validation:
-            parts.append(f"validation {self.validation['validation_loss']:.4f}")
+            parts.append(f"validation {measures(self.validation)}")
         if self.checkpoint:
             parts.append(f"checkpoint {self.checkpoint['path']}")
         return ", ".join(parts)
+
+
+def measures(row: Values) -> str:
+    """Loss and metrics of an evaluation's row.
+
+    >>> measures({"step": 3, "validation_loss": 0.5, "validation_accuracy": 0.75, "validation_f1_macro": 2 / 3})
+    '0.5000, accuracy 0.7500, F1 macro 0.6667'
+    """
+    shown = {name.removeprefix("validation_"): value for name, value in row.items() if name != "step"}
+    parts = [_number(shown.pop("loss"))]
+    parts += [
+        f"{name.replace('_', ' ').replace('f1', 'F1')} {_number(value)}" for name, value in shown.items()
+    ]
+    return ", ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 10_000 else quantity(value)
 
 
 def heading(event: Values) -> str:
@@ -133,7 +151,7 @@ class PlainDisplay:
 
     def evaluate(self, row: Values) -> None:
         self._progress.validation = row
-        self._print(f"{self._step(row['step'])}  validation loss {row['validation_loss']:.4f}")
+        self._print(f"{self._step(row['step'])}  validation loss {measures(row)}")
 
     def checkpoint(self, event: Values) -> None:
         self._progress.checkpoint = event
@@ -182,7 +200,7 @@ class TerminalDisplay:
         self._progress.validation = row
         width = len(f"{self._progress.steps:,}")
         loss = f"loss {self._progress.row['loss']:.4f}   " if self._progress.row else ""
-        self._print(f"  step {row['step']:>{width},}   {loss}validation {row['validation_loss']:.4f}")
+        self._print(f"  step {row['step']:>{width},}   {loss}validation {measures(row)}")
 
     def checkpoint(self, event: Values) -> None:
         self._progress.checkpoint = event
@@ -220,7 +238,8 @@ class TerminalDisplay:
         if progress.row:
             fields.append(("loss", Text.assemble("loss ", (f"{progress.row['loss']:.4f}", "bold"))))
         if progress.validation:
-            fields.append(("validation", Text(f"validation {progress.validation['validation_loss']:.4f}")))
+            loss = _number(progress.validation["validation_loss"])
+            fields.append(("validation", Text(f"validation {loss}")))
         if progress.row:
             speed = f"{quantity(progress.row['tokens_per_second']):>5} tokens/s"
             fields.append(("speed", Text(speed, "dim")))

@@ -1,8 +1,9 @@
 """The history of a run: one JSON object a line in `history.jsonl`, appended as training goes.
 
 A row of training has `step, loss, learning_rate, grad_norm, tokens, tokens_per_second, step_seconds, peak_memory_bytes`,
-a row of an evaluation `step, validation_loss`. A number that is not finite, such as the gradient norm of a step that fp16's
-loss scaling skipped, is null in the file and None here: JSON has no infinity.
+a row of an evaluation `step, validation_loss` and the objective's metrics: `validation_perplexity`, or `validation_accuracy`,
+`validation_f1_macro` and, with two classes, `validation_f1` (see `mpsdk.metrics`). A number that is not finite, such as the
+gradient norm of a step that fp16's loss scaling skipped, is null in the file and None here: JSON has no infinity.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 An event is one JSON object with the field "event":
 
     start {step, steps, parameters, world_size, plan_hash, tokens_per_step}    log {a row of the history}
-    evaluate {step, loss, tokens}    checkpoint {step, path}    resume {step, path}    end {step, reason}
+    evaluate {step, and what mpsdk.metrics.measured gives}    checkpoint {step, path}    resume {step, path}
+    end {step, reason}
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mpsdk.metrics import validation_row
 from mpsdk.report.callbacks import Callback
 from mpsdk.report.display import Display, PlainDisplay, TerminalDisplay
 from mpsdk.report.event_file import EventFile
+from mpsdk.report.history import only_finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,7 +96,8 @@ class Reporter:
         return [callback.on_log(row) for callback in self._callbacks]
 
     def _evaluate(self, event: dict[str, Any]) -> Sequence[object]:
-        row = {"step": event["step"], "validation_loss": event["loss"]}
+        measures = {name: value for name, value in event.items() if name != "step"}
+        row = only_finite({"step": event["step"], **validation_row(measures)})
         self._display.evaluate(row)
         self._plot(row)
         return [callback.on_evaluate(row) for callback in self._callbacks]

@@ -1,9 +1,9 @@
 """A second backend, in numpy, to show that the core runs a whole training without knowing whose framework it is.
 
 The model is a bigram one with depth: token embedding, each block's feed-forward network with its residual, the output
-projection; attention, norms and positions of the described model are held and saved, and take no part. Gradients are
-real, the optimizer is AdamW. Ranks are data parallel over `dp` and `sdp` and speak through files; an `sdp` rank holds
-everything and writes its share of the rows.
+projection, or a classifier of tokens or of the mean of a row's tokens, padding left out; attention, norms, positions and the
+rest of the described model are held and saved, and take no part. Gradients are real, the optimizer is AdamW. Ranks are data
+parallel over `dp` and `sdp` and speak through files; an `sdp` rank holds everything and writes its share of the rows.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FakeBackend:
     def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
         if FakeBackend.before_step is not None:
             FakeBackend.before_step(step)
-        loss, count, gradients = self._sums(batch)
+        loss, count, gradients, _ = self._sums(batch)
         shared = self._all(
             {"loss": loss, "count": count, "gradients": {k: v.tolist() for k, v in gradients.items()}}
         )
@@ -151,9 +151,12 @@ class FakeBackend:
         RankSpans(rank=rank, machine=machine(), met=begun, spans=spans).save(directory)
 
     def evaluate(self, batch: Batch, *, step: int) -> Evaluation:
-        loss, count, _ = self._sums(batch)
-        shared = self._all([loss, count])
-        return Evaluation(sum(rank[0] for rank in shared), sum(rank[1] for rank in shared))
+        loss, count, _, confusion = self._sums(batch)
+        shared = self._all([loss, count, confusion.tolist()])
+        classes = np.sum([rank[2] for rank in shared], axis=0, dtype=np.int64)
+        classifies = self.plan.training.classifies
+        total, labels = (sum(rank[place] for rank in shared) for place in (0, 1))
+        return Evaluation(total, labels, classes if classifies else None)
 
     def shards(self) -> RankState:
         here = self.plan.topology.coordinates(self.place.rank)
@@ -185,15 +188,16 @@ class FakeBackend:
         self.peers.publish(f"exchange-{self.exchanges}", value)
         return self.peers.collect(f"exchange-{self.exchanges}")
 
-    def _sums(self, batch: Batch) -> tuple[float, float, Arrays]:
-        """Sum of token losses, number of valid tokens, and the gradient of that sum."""
+    def _sums(self, batch: Batch) -> tuple[float, float, Arrays, NDArray[np.int64]]:
+        """Sum of losses, number of labels, the gradient of that sum, and of each class how many were taken for which."""
         weights = {name: values.astype(np.float64) for name, values in self.state[WEIGHT].items()}
         gradients = {name: np.zeros_like(values) for name, values in weights.items()}
-        ids, labels = batch["input_ids"].reshape(-1), batch["labels"].reshape(-1)
-        valid = labels != IGNORED_LABEL
-        ids, labels = ids[valid], labels[valid]
+        assert {name: values.shape for name, values in batch.items()} == self.plan.batch_shapes
+        ids, labels, pooling = _inputs(batch)
         table = "embedding.tokens.weight"
-        head = "head.output.weight" if "head.output.weight" in weights else table
+        head = next(
+            name for name in ("head.classifier.weight", "head.output.weight", table) if name in weights
+        )
         blocks = [f"blocks.{number}.feed_forward." for number in range(len(self.plan.description.blocks))]
         hidden = [weights[table][ids]]
         inner: list[NDArray[Any]] = []
@@ -204,16 +208,21 @@ class FakeBackend:
             hidden.append(
                 hidden[-1] + inner[-1] @ weights[f"{block}down.weight"].T + weights[f"{block}down.bias"]
             )
-        logits = hidden[-1] @ weights[head].T
+        last = hidden[-1] if pooling is None else pooling @ hidden[-1]
+        logits = last @ weights[head].T
         logits -= logits.max(axis=1, keepdims=True)
         logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        rows = np.arange(len(ids))
+        rows = np.arange(len(labels))
         loss = float(-logs[rows, labels].sum())
+        confusion = np.zeros((logits.shape[1],) * 2 if self.plan.training.classifies else (0, 0), np.int64)
+        if confusion.size:
+            np.add.at(confusion, (labels, logits.argmax(axis=1)), 1)
 
         up = np.exp(logs)  # the gradient that comes up from the loss
         up[rows, labels] -= 1
-        gradients[head] += up.T @ hidden[-1]
+        gradients[head] += up.T @ last
         up = up @ weights[head]
+        up = up if pooling is None else pooling.T @ up
         for number, block in reversed(list(enumerate(blocks))):
             gradients[f"{block}down.weight"] += up.T @ inner[number]
             gradients[f"{block}down.bias"] += up.sum(axis=0)
@@ -222,7 +231,7 @@ class FakeBackend:
             gradients[f"{block}up.bias"] += inside.sum(axis=0)
             up = up + inside @ weights[f"{block}up.weight"]
         np.add.at(gradients[table], ids, up)
-        return loss, float(len(ids)), gradients
+        return loss, float(len(labels)), gradients, confusion
 
     def _update(self, gradients: Arrays, learning_rate: float) -> None:
         training = self.plan.training
@@ -236,6 +245,21 @@ class FakeBackend:
                 weight *= np.float32(1 - learning_rate * training.weight_decay)
             corrected = np.sqrt(square / (1 - second**self.updates)) + training.epsilon
             weight -= (learning_rate / (1 - first**self.updates) * average / corrected).astype(np.float32)
+
+
+def _inputs(batch: Batch) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """The ids that have a part in the loss, the labels, and how the labelled rows are the means of those ids' states; None:
+    each id has its own label."""
+    labels = batch["labels"].reshape(-1)
+    valid = labels != IGNORED_LABEL
+    if batch["labels"].shape == batch["input_ids"].shape:
+        return batch["input_ids"].reshape(-1)[valid], labels[valid], None
+    length = batch["input_ids"].shape[-1]
+    mask = batch["attention_mask"].reshape(-1, length)
+    assert mask.any(axis=1).all(), "a row has no token at all"
+    row, _ = np.nonzero(mask[valid])
+    pooling = (row == np.arange(valid.sum())[:, None]) / mask[valid].sum(axis=1, keepdims=True)
+    return batch["input_ids"].reshape(-1, length)[valid][mask[valid] > 0], labels[valid], pooling
 
 
 class FakeResult:

@@ -80,7 +80,7 @@ def test_fit_trains_on_processes_of_its_own(
     )
     run = estimator.fit(train=corpus, validation=0.2)
     assert [row["step"] for row in run.history if "loss" in row] == [1, 2, 4, 6, 8]
-    assert run.history[-1].keys() == {"step", "validation_loss"}
+    assert run.history[-1].keys() == {"step", "validation_loss", "validation_perplexity"}
     assert run.latest_checkpoint is not None and run.latest_checkpoint.endswith("step-00000008")
     assert run.plan == estimator.plan(world_size=2)
     assert {"loss.png", "loss.svg"} <= {picture.name for picture in run.pictures}
