@@ -31,7 +31,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-checkpoint_app = typer.Typer(help="Look at checkpoints, and check every byte of them.", no_args_is_help=True)
+checkpoint_app = typer.Typer(
+    help="Look at checkpoints, check every byte of them, convert them.", no_args_is_help=True
+)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 JobFile = Annotated[
@@ -258,6 +260,68 @@ def verify(path: CheckpointPath) -> None:
         else:
             print(f"{checkpoint.path}: intact")
     _fail_with(failures)
+
+
+@checkpoint_app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint (or a directory of them, or a run's: the newest), or a Hugging Face directory.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[str, typer.Argument(help="The directory to make.", show_default=False)],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="To Hugging Face: a directory whose config.json and tokenizer files are taken along. By default what is "
+            "known of where the model came from.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="To Hugging Face: float32, bfloat16 or float16. By default float32.", show_default=False
+        ),
+    ] = None,
+    max_shard_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="To Hugging Face: above this, the weights go to several files. By default 2 GiB.",
+            show_default=False,
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="From Hugging Face: what the model's head is for, such as sequence-classification. By default as the "
+            "configuration says.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        int | None,
+        typer.Option(
+            help="From Hugging Face: how many classes a classifier has. By default as the configuration says.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory, or the other way round. Needs no framework and little memory."""
+    from mpsdk.checkpoint import convert as convert_checkpoint
+
+    made = convert_checkpoint(
+        source,
+        target,
+        config=config,
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        max_shard_bytes=max_shard_bytes,
+        objective=objective,  # pyright: ignore[reportArgumentType]
+        labels=labels,
+    )
+    print(f"made {made}")
 
 
 def _checkpoints_in(path: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from mpsdk.backend import WEIGHT
 from mpsdk.checkpoint import Checkpoint, find, latest_verified, step_directory
+from mpsdk.checkpoint.fits import tensor_differences
 from mpsdk.checkpoint.names import step_of
 from mpsdk.checkpoint.problems import refuse
 from mpsdk.errors import CheckpointError, ConfigError, Problem
@@ -97,15 +98,7 @@ def check_fits(checkpoint: Checkpoint, plan: Plan) -> None:
 
 
 def _differences(checkpoint: Checkpoint, plan: Plan) -> Iterator[str]:
-    wanted = {tensor.name: tensor.shape for tensor in plan.description.tensors() if tensor.tied_to is None}
-    found = checkpoint.shapes(WEIGHT)
-    for name in sorted(wanted.keys() - found.keys()):
-        yield f"{name} {list(wanted[name])} is missing"
-    for name in sorted(found.keys() - wanted.keys()):
-        yield f"{name} {list(found[name])} is no tensor of the model"
-    for name in sorted(wanted.keys() & found.keys()):
-        if found[name] != wanted[name]:
-            yield f"{name} has shape {list(found[name])}, and the model's has {list(wanted[name])}"
+    yield from tensor_differences(checkpoint.shapes(WEIGHT), plan.description)
     training = cast("dict[str, Any]", checkpoint.plan.get("training") or {})
     optimizer = training.get("optimizer")
     if checkpoint.slots - {WEIGHT} and optimizer not in (None, plan.training.optimizer):

@@ -4,6 +4,7 @@ The format is specified in docs/checkpoint-format.md.
 """
 
 from mpsdk.checkpoint.commit import commit
+from mpsdk.checkpoint.convert import convert
 from mpsdk.checkpoint.manifest import Manifest
 from mpsdk.checkpoint.names import find, step_directory
 from mpsdk.checkpoint.reader import Checkpoint
@@ -16,6 +17,7 @@ __all__ = [
     "Manifest",
     "Summary",
     "commit",
+    "convert",
     "find",
     "latest_verified",
     "prune",

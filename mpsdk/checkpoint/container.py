@@ -29,22 +29,31 @@ class Span:
     shape: tuple[int, ...]
 
 
-def encode_header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file that holds float32 tensors of these shapes in this order."""
+def encode_header(
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str],
+    *,
+    dtype: str = DTYPE,
+    item_bytes: int = ITEM_BYTES,
+) -> bytes:
+    """The first bytes of a file that holds tensors of these shapes in this order, by default of float32.
+
+    `dtype` is safetensors' name for what the tensors hold, `item_bytes` the size of one element.
+    """
     header: dict[str, object] = {METADATA: dict(metadata)}
     position = 0
     for key, shape in shapes.items():
-        size = ITEM_BYTES
+        size = item_bytes
         for dimension in shape:
             size *= dimension
-        header[key] = {"dtype": DTYPE, "shape": list(shape), "data_offsets": [position, position + size]}
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise CheckpointError(
-            f"a rank's file would need a header of {len(text)} bytes for {len(shapes)} chunks, and safetensors allows "
-            f"{LARGEST_HEADER}: spread the tensors over more ranks"
+            f"a file would need a header of {len(text)} bytes for {len(shapes)} tensors, and safetensors allows "
+            f"{LARGEST_HEADER}: spread the tensors over more ranks, or an export's over more files"
         )
     return struct.pack("<Q", len(text)) + text
 

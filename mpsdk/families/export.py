@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,9 +13,10 @@ from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from mpsdk.backend import WEIGHT, TensorSource
+from mpsdk.checkpoint.container import encode_header
+from mpsdk.checkpoint.tiling import split
 from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.family import Family
@@ -27,6 +29,8 @@ from mpsdk.families.spec import TransformerSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
+SAFETENSORS_NAMES = {dtype.name: name for name, dtype in STORED_DTYPES.items()}
+READ_AT_ONCE = 4 << 20  # elements of a canonical tensor: 16 MiB, the chunks of a checkpoint
 GIBIBYTE = 1 << 30
 # Everything that a tokenizer or text generation may need, by the names that transformers gives these files.
 CARRIED = (
@@ -69,8 +73,7 @@ def export(
 ) -> Path:
     """Write `spec`'s weights from `source` as a Hugging Face directory, complete or not at all.
 
-    Memory: one shard of the model in `dtype`, and one canonical tensor in float32 and in `dtype`. A tied tensor is
-    written once.
+    Memory: the largest tensor in `dtype`, and what `source` takes to read 16 MiB. A tied tensor is written once.
 
     Args:
         source: where the weights come from: a checkpoint, say.
@@ -134,17 +137,30 @@ def _write_weights(
 ) -> None:
     shards = list(_shards([tensor for tensor in tensors if not tensor.tied], dtype, max_shard_bytes))
     weight_map: dict[str, str] = {}
-    total = parameters = 0
+    parameters = 0
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {tensor.name: _gather(source, tensor, dtype) for tensor in shard}
-        save_file(values, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(values, file)
-        total += sum(value.nbytes for value in values.values())
-        parameters += sum(value.size for value in values.values())
+        _write_shard(directory / file, shard, source, dtype)
+        weight_map |= {tensor.name: file for tensor in shard}
+        parameters += sum(math.prod(tensor.shape) for tensor in shard)
+    total = parameters * DTYPES[dtype].itemsize
     if len(shards) > 1:
         metadata = {"total_parameters": parameters, "total_size": total}
         _write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, shard: list[HfTensor], source: TensorSource, dtype: Dtype) -> None:
+    """One file, tensor after tensor; the safetensors library would want all of them at once."""
+    header = encode_header(
+        {tensor.name: tensor.shape for tensor in shard},
+        {"format": "pt"},
+        dtype=SAFETENSORS_NAMES[dtype],
+        item_bytes=DTYPES[dtype].itemsize,
+    )
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in shard:
+            file.write(_gather(source, tensor, dtype).reshape(-1).view(np.uint8).data)
 
 
 def _shards(tensors: list[HfTensor], dtype: Dtype, max_shard_bytes: int) -> Iterator[list[HfTensor]]:
@@ -165,16 +181,16 @@ def _gather(source: TensorSource, tensor: HfTensor, dtype: Dtype) -> NDArray[np.
     """One Hugging Face tensor from its canonical parts, rounded to `dtype` (to nearest, ties to even)."""
     values = np.empty(tensor.shape, dtype=DTYPES[dtype])
     for part in tensor.parts:
-        offset = (0,) * len(part.shape)
-        whole = source.read(part.name, WEIGHT, offset, part.shape)
-        with np.errstate(over="ignore"):
-            rounded = whole.astype(DTYPES[dtype], copy=False)
-        if rounded is not whole and not np.isfinite(rounded[np.isfinite(whole)]).all():
-            raise CheckpointError(
-                f"{part.name} has values too large for {dtype}; export as bfloat16 or float32"
-            )
-        for there, here in tensor.pieces(part, offset, part.shape):
-            values[there] = tensor.turn(rounded[here])
+        for offset, shape in split(part.shape, READ_AT_ONCE):
+            piece = source.read(part.name, WEIGHT, offset, shape)
+            with np.errstate(over="ignore"):
+                rounded = piece.astype(DTYPES[dtype], copy=False)
+            if rounded is not piece and not np.isfinite(rounded[np.isfinite(piece)]).all():
+                raise CheckpointError(
+                    f"{part.name} has values too large for {dtype}; export as bfloat16 or float32"
+                )
+            for there, here in tensor.pieces(part, offset, shape):
+                values[there] = tensor.turn(rounded[here])
     return values
 
 
