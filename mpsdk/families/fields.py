@@ -25,6 +25,7 @@ COMMON = frozenset(
         "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "gradient_checkpointing",
         "id2label",
         "is_encoder_decoder",
         "label2id",

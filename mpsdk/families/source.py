@@ -54,7 +54,7 @@ class HuggingFaceSource:
         self._new_names = _new_layers(tensors, matched, spec)
         if self._new_names:
             logger.warning(
-                "%s has no %s: it starts from initial values",
+                "%s has none of %s: they start from initial values",
                 self._directory,
                 ", ".join(sorted(self._new_names)),
             )
