@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from mpsdk.backend import TensorSource
 from mpsdk.checkpoint.storage import is_remote
 from mpsdk.config import Profile
-from mpsdk.data import Dataset, LabelledRows, MaskedText, Masking, Samples
+from mpsdk.data import Dataset, LabelledRows, MaskedText, Masking, Samples, load_tokenizer
 from mpsdk.data.dataset import Part
 from mpsdk.errors import MpsdkError
 from mpsdk.families.registry import family_of
@@ -94,8 +94,14 @@ class WorkOrder(BaseModel):
         directory = Path(named) if named else None
         if directory is not None and directory.is_file():
             directory = directory.parent
-        ends: dict[str, JsonValue] = {"eos_token_id": 256} if tokenizer == "bytes" else {}
-        return ends | self.hf_config, directory
+        config: dict[str, JsonValue] = {"eos_token_id": 256} if tokenizer == "bytes" else {}
+        config |= self.hf_config
+        spec = self.plan.description.spec
+        classifies = spec is not None and spec.head.objective == "sequence-classification"
+        if classifies and spec.head.pooled == "last" and config.get("pad_token_id") is None:
+            # transformers finds a row's last token by the padding behind it.
+            config["pad_token_id"] = load_tokenizer(tokenizer, self.model_directory).specials.pad
+        return config, directory
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole or not at all: a run that is looked at meanwhile finds the old one or the new."""
