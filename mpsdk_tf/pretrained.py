@@ -9,6 +9,7 @@ import keras
 
 from mpsdk.backend import WEIGHT, TensorSource
 from mpsdk.checkpoint import Checkpoint
+from mpsdk.description import ModelDescription
 from mpsdk.errors import CheckpointError
 from mpsdk.factory import Factory
 from mpsdk.families import TransformerSpec, read_model
@@ -79,12 +80,12 @@ def from_checkpoint(path: str | Path) -> keras.Model:
         CheckpointError: the checkpoint is damaged, or of another model than the factory makes now.
     """
     checkpoint = Checkpoint.open(path)
-    plan = Plan.model_validate(checkpoint.plan)
-    description = plan.description
+    description = ModelDescription.model_validate(checkpoint.plan.get("description"))
     if description.spec is not None:
         return _filled(description.spec, checkpoint)
     if description.factory is None:
         raise CheckpointError(f"checkpoint {path} doesn't say how its model is made")
+    plan = Plan.model_validate(checkpoint.plan)
     factory = Factory(description.factory, "", plan.training.sequence_length)
     made = make(
         factory, seed=plan.training.seed, precision=plan.distribution.precision, device="/device:CPU:0"
