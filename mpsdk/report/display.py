@@ -96,7 +96,7 @@ def measures(row: Values) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if abs(value) < 10_000 else quantity(value)
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 100_000 else f"{value:.3e}"
 
 
 def heading(event: Values) -> str:

@@ -76,6 +76,46 @@ def test_integers_do_for_numbers() -> None:
             'has no effect with "adamw"; leave it out, or set optimizer to "sgd"',
         ),
         (
+            {"pair_column": "b"},
+            "pair_column",
+            'has no effect with objective "causal-lm"; leave it out',
+        ),
+        (
+            {"objective": "masked-lm", "label_column": "y"},
+            "label_column",
+            'has no effect with objective "masked-lm"; leave it out',
+        ),
+        (
+            {"objective": "token-classification", "mask_probability": 0.2},
+            "mask_probability",
+            'has no effect with objective "token-classification"; leave it out',
+        ),
+        (
+            {"objective": "sequence-classification", "pair_column": "text"},
+            "pair_column",
+            "must be another column than text_column",
+        ),
+        (
+            {"objective": "token-classification", "text_column": "label"},
+            "label_column",
+            "must be another column than those of the texts",
+        ),
+        (
+            {"objective": "masked-lm", "mask_probability": 1},
+            "mask_probability",
+            "must be a number > 0 and < 1",
+        ),
+        (
+            {"labels": ["a", "b"]},
+            "labels",
+            'has no effect with objective "causal-lm"; leave it out',
+        ),
+        (
+            {"objective": "sequence-classification", "labels": ["a", "a"]},
+            "labels",
+            "must name at least two classes, each once",
+        ),
+        (
             {"optimizer": "sgd", "epsilon": 1e-6},
             "epsilon",
             'has no effect with "sgd"; leave it out, or set optimizer to "adamw"',

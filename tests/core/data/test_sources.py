@@ -14,6 +14,7 @@ from mpsdk.data import BytesTokenizer, pieces, prepare
 from mpsdk.data.faults import Faults
 from mpsdk.data.sources import open_source
 from mpsdk.errors import DataError
+from tests.core.data.labelled import FORMS, REVIEWS
 from tests.core.data.samples import SHAKESPEARE, tokens_of
 
 FILE_TEXT = "Ill met by moonlight, proud Titania — ”\r\n"
@@ -43,6 +44,14 @@ def test_json_lines_are_a_document_each_and_blank_lines_are_none(tmp_path):
     assert read(file, tmp_path) == tokens_of("one", "zwö\n")
     file.write_text('{"body": "x"}')
     assert read(file, tmp_path, text_column="body") == tokens_of("x")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_of_any_table_is_a_document(form, tmp_path):
+    source = form(REVIEWS, tmp_path)
+    assert read(source, tmp_path) == tokens_of(*(row["text"] for row in REVIEWS))
+    with pytest.raises(DataError, match="no column 'body', but 'text', 'label', 'id'"):
+        read(source, tmp_path, text_column="body")
 
 
 def test_a_directory_is_read_in_the_order_of_its_paths(tmp_path, caplog):

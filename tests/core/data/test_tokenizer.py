@@ -33,6 +33,15 @@ def test_bytes_that_are_not_text_decode_to_the_replacement_character():
     assert load_tokenizer("bytes").decode([65, 255, 256, 66]) == "A�B"
 
 
+@given(st.text())
+def test_the_special_tokens_of_bytes_are_in_no_text(text):
+    tokenizer = BytesTokenizer()
+    assert {tokenizer.specials.pad, tokenizer.specials.mask, tokenizer.end_of_document}.isdisjoint(
+        text.encode()
+    )
+    assert max(tokenizer.specials.ids) < tokenizer.vocab_size
+
+
 def test_tokenizer_libraries_are_imported_only_when_used():
     script = (
         "import sys, mpsdk.data; mpsdk.data.load_tokenizer('bytes'); "

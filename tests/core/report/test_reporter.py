@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 
 import pytest
@@ -69,6 +70,25 @@ def test_plain_lines_stand_in_columns(tmp_path):
     assert "step   500/1,000  validation loss 2.8750" in lines
     assert "step   500/1,000  checkpoint runs/demo/step-00000500" in lines
     assert lines[-1].startswith("1,000 steps in 0:00, loss 2.5000, validation 2.8750, checkpoint runs/demo")
+
+
+@pytest.mark.parametrize(
+    ("measures", "shown_as"),
+    [
+        ({"tokens": 9, "perplexity": 17.725}, "2.8750, perplexity 17.7250"),
+        ({"tokens": 9, "perplexity": 1.5e43}, "2.8750, perplexity 1.500e+43"),
+        ({"tokens": 9, "perplexity": math.inf}, "2.8750, perplexity -"),
+        (
+            {"labels": 9, "accuracy": 0.875, "f1_macro": 0.5, "f1": 0.25},
+            "2.8750, accuracy 0.8750, F1 macro 0.5000, F1 0.2500",
+        ),
+    ],
+)
+def test_an_evaluation_is_shown_with_all_that_it_measured(tmp_path, measures, shown_as):
+    event = {"event": "evaluate", "step": 500, "loss": 2.875, **measures}
+    lines = shown(tmp_path, [START, event], terminal=False).splitlines()
+    assert lines[1] == f"step   500/1,000  validation loss {shown_as}"
+    assert f"validation {shown_as}" in shown(tmp_path, [START, event], terminal=True)
 
 
 def test_columns_stay_in_place_where_a_gradient_norm_was_not_finite(tmp_path):
