@@ -28,10 +28,16 @@ def in_turn(firsts: Iterable[str | tuple[str, ...]], seconds: Sequence[str], *, 
     return parameters
 
 
-def half(parameters: list[Any]) -> list[Any]:
-    """Of the parameters that run by default every other, of two seconds as many of each; the rest is `long`."""
+def one_in(count: int, parameters: list[Any]) -> list[Any]:
+    """Of the parameters that run by default one in `count`, in a pattern that takes all of what they alternate between; the
+    rest is `long`.
+
+    >>> taken = one_in(2, in_turn(["dp2", "tp2", "pp2", "sdp2"], ["gpt2", "llama"]))
+    >>> [parameter.id for parameter in taken if not parameter.marks]
+    ['dp2-gpt2', 'sdp2-llama']
+    """
     default = [parameter for parameter in parameters if not parameter.marks]
-    left = {parameter.id for number, parameter in enumerate(default) if number % 4 in (1, 2)}
+    left = {each.id for number, each in enumerate(default) if number % count != number // count % count}
     return [
         pytest.param(*each.values, id=each.id, marks=pytest.mark.long) if each.id in left else each
         for each in parameters

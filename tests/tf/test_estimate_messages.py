@@ -29,6 +29,7 @@ from tests.estimated import (
 )
 from tests.tf.cases import make_plan
 from tests.tf.programs import Program, built, count
+from tests.turns import one_in
 
 
 def gpipe(degree: int) -> dict[str, Any]:
@@ -81,7 +82,10 @@ def programs(plan: Plan, rank: int) -> tuple[Program, Program]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
+    "case",
+    one_in(
+        2, [pytest.param(case, id=case, marks=pytest.mark.long if case in LONG else ()) for case in CASES]
+    ),
 )
 def test_messages_and_matrix_products_of_a_step(case: str) -> None:
     family, world_size, distribution, training = CASES[case]

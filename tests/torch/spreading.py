@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -170,34 +170,40 @@ def _alone(model: Any) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
     return model, lambda: dict(model.named_parameters())
 
 
+@contextmanager
+def syncing_on_cpu() -> Iterator[None]:
+    """torch refuses `sync_module_states` for tensors on a CPU; within, that one check is left out, because the broadcast
+    behind it works with gloo."""
+    from torch.distributed.fsdp import _init_utils
+
+    check = _init_utils._check_module_states_for_sync_module_states
+    _init_utils._check_module_states_for_sync_module_states = lambda states: None
+    try:
+        yield
+    finally:
+        _init_utils._check_module_states_for_sync_module_states = check
+
+
 def _with_fsdp1(model: Any) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
-    """As the published example has it. torch refuses `sync_module_states` for tensors on a CPU; that check alone is left
-    out here, because the broadcast behind it works with gloo."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
+    """As the published example has it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     from mpsdk_torch.delayed_param import DelayedParamIniter
     from mpsdk_torch.layout import current
     from mpsdk_torch.transformer import Block
 
-    check, _init_utils._check_module_states_for_sync_module_states = (
-        _init_utils._check_module_states_for_sync_module_states,
-        lambda states: None,
-    )
-    try:
-        delayed = DelayedParamIniter(model) if next(model.parameters()).is_meta else None
-        with delayed.validate_params_and_buffers_inited() if delayed else nullcontext():
-            wrapped = FullyShardedDataParallel(
-                model,
-                process_group=current().mesh["sdp"].get_group(),
-                auto_wrap_policy=ModuleWrapPolicy({Block}),
-                sync_module_states=True,
-                param_init_fn=delayed.get_param_init_fn() if delayed else None,
-                device_id=torch.device("cpu"),
-                use_orig_params=True,
-            )
-    finally:
-        _init_utils._check_module_states_for_sync_module_states = check
+    delayed = DelayedParamIniter(model) if next(model.parameters()).is_meta else None
+    with syncing_on_cpu(), delayed.validate_params_and_buffers_inited() if delayed else nullcontext():
+        wrapped = FullyShardedDataParallel(
+            model,
+            process_group=current().mesh["sdp"].get_group(),
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            sync_module_states=True,
+            param_init_fn=delayed.get_param_init_fn() if delayed else None,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
 
     def weights() -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(wrapped):

@@ -10,12 +10,11 @@ import torch
 
 from mpsdk.plan import Plan
 from mpsdk_torch.dropout import Moment, Site, dropout
-from tests.cases import Outcome, assemble
+from tests.cases import assemble
 from tests.layouts import LAYOUTS, RECOMPUTE
 from tests.torch.cases import make_plan, train_each
 from tests.torch.pool import WorkerPool
-
-MODES: dict[str, Any] = {"none": "none", **RECOMPUTE}
+from tests.turns import in_turn
 
 
 def plan_of(layout: str, recompute: Any = "none", **training: Any) -> Plan:
@@ -24,19 +23,17 @@ def plan_of(layout: str, recompute: Any = "none", **training: Any) -> Plan:
     return make_plan("gpt2", world_size, distribution, **({"dropout": 0.1} | training))
 
 
-@pytest.fixture(scope="module", params=["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"])
-def by_mode(request: pytest.FixtureRequest, pool: WorkerPool) -> dict[str, list[Outcome]]:
-    """For each way of recomputing, three steps in the same layout."""
-    plans = [plan_of(request.param, mode) for mode in MODES.values()]
-    by_rank = pool.run(plans[0].world_size, train_each, [(plan, 3) for plan in plans])
-    return dict(zip(MODES, map(list, zip(*by_rank, strict=True)), strict=True))
-
-
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    in_turn(["single", "pp2-tp2", "tp2-no-sequence", "sdp2-parameters"], tuple(RECOMPUTE)),
+)
 def test_recompute_on_and_off_are_bit_identical_with_dropout(
-    by_mode: dict[str, list[Outcome]], mode: str
+    pool: WorkerPool, layout: str, mode: str
 ) -> None:
-    kept, recomputed = by_mode["none"], by_mode[mode]
+    """Three steps in the same layout."""
+    jobs = [(plan_of(layout, each), 3) for each in ("none", RECOMPUTE[mode])]
+    by_rank = pool.run(jobs[0][0].world_size, train_each, jobs)
+    kept, recomputed = map(list, zip(*by_rank, strict=True))
     assert recomputed[0].losses == kept[0].losses
     assert recomputed[0].norms == kept[0].norms
     actual, expected = (assemble([p for o in some for p in o.state]) for some in (recomputed, kept))

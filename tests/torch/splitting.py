@@ -1,0 +1,198 @@
+"""What a pool's workers run: models that mpsdk has no family for, cut by their own plan, beside the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mpsdk.backend import Place
+from tests.cases import BOUND
+from tests.torch.spreading import syncing_on_cpu
+
+VOCABULARY = 62
+USUAL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "num_hidden_layers": 4, "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "cohere": USUAL,  # parallel residual, tied, logits scaled
+    "cohere2": USUAL | {"sliding_window": 4, "head_dim": 4},
+    "exaone4": USUAL | {"sliding_window": 4},  # norms of heads
+    "gemma": USUAL | {"head_dim": 4},
+    "gemma2": USUAL | {"head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4},  # scaled embedding, tied
+    "gemma3_text": USUAL | {"head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4},
+    "glm": USUAL | {"head_dim": 4},  # gate and up in one matrix
+    "granite": USUAL | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "olmo2": USUAL,  # norms over all heads together
+    "phi": USUAL,  # a bias on the output projection
+    "phi3": USUAL,  # query, key and value in one matrix
+    "smollm3": USUAL,
+    "starcoder2": USUAL | {"use_bias": True},
+}  # fmt: skip
+
+
+class Compared(NamedTuple):
+    """What a rank's model did beside the whole one."""
+
+    loss: float
+    expected_loss: float
+    wrong: list[str]  # gradients that are not this rank's share of the whole model's
+    share: float  # of the whole model's elements
+    tied: bool
+
+
+def make_model(architecture: str, **settings: Any) -> Any:
+    """The same weights wherever it is called; norms and biases are random too."""
+    import transformers
+
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    return model.eval()
+
+
+def randomise(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")  # of ones, or of zeros where 1 is added
+            parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter if norm else 0.0))
+
+
+def make_ids(rows: int = 2) -> Tensor:
+    return (torch.arange(rows * 9).reshape(rows, 9) * 7 + 3) % (VOCABULARY - 2) + 2
+
+
+def share_of(whole: Tensor, shape: torch.Size, rank: int, size: int) -> Tensor:
+    """The part of `whole` that is of this shape."""
+    for dimension, (part, all_of_it) in enumerate(zip(shape, whole.shape, strict=True)):
+        if part != all_of_it:
+            return whole.chunk(size, dimension)[rank]
+    return whole
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def wrong_gradients(found: dict[str, Tensor], reference: nn.Module, rank: int, size: int) -> list[str]:
+    """Which gradients are not this rank's share of the whole model's."""
+    expected = gradients_of(reference)
+    floor = 1e-9 * max(float(gradient.abs().max()) for gradient in expected.values())
+    wrong = sorted(found.keys() ^ expected.keys())
+    for name in found.keys() & expected.keys():
+        wanted, largest = share_of(expected[name], found[name].shape, rank, size), expected[name].abs().max()
+        if not float((found[name] - wanted).abs().max()) <= BOUND * float(largest) + floor:
+            wrong.append(name)
+    return wrong
+
+
+def compare(
+    place: Place, architecture: str, settings: dict[str, Any], plan: dict[str, str | None] | None = None
+) -> Compared:
+    """A loss and its gradients with tensor parallelism over all ranks; gradients of two passes add up."""
+    from mpsdk_torch import parallelize_model
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        reference, model = make_model(architecture, **settings), make_model(architecture, **settings)
+        assert parallelize_model(model, {"tensor_parallel": place.world_size}, plan=plan) is model
+        ids = make_ids()
+        for _ in range(2):
+            expected = reference(ids, labels=ids).loss
+            expected.backward()
+            found = model(ids, labels=ids).loss
+            found.backward()
+        elements, whole = (sum(p.numel() for p in m.parameters()) for m in (model, reference))
+        wrong = wrong_gradients(gradients_of(model), reference, place.rank, place.world_size)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return Compared(float(found), float(expected), wrong, elements / whole, tied)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_sharded(place: Place, architecture: str, how: str) -> Compared:
+    """The same of weights that rank 0 alone had, cut over two ranks and sharded over two by FSDP1 or FSDP2."""
+    from mpsdk_torch import delay_param_initialization, parallelize_model
+    from mpsdk_torch.layout import current
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        reference = make_model(architecture)
+        with nullcontext() if place.rank == 0 else delay_param_initialization():
+            model = make_model(architecture)
+        config = {"tensor_parallel": 2, "sharded_data_parallel": 2}
+        parallelize_model(model, config, load_state_dict_from_rank0=True)
+        layout = current()
+        wrapped = SPREAD[how](model, layout)
+        ids = make_ids()
+        expected = reference(ids, labels=ids).loss
+        expected.backward()
+        found = wrapped(ids, labels=ids).loss
+        found.backward()
+        with whole_gradients(wrapped, how) as gradients:
+            wrong = wrong_gradients(gradients, reference, layout.coordinates.tp, 2)
+            share = sum(g.numel() for g in gradients.values()) / sum(
+                p.numel() for p in reference.parameters()
+            )
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return Compared(float(found), float(expected), wrong, share, tied)
+    finally:
+        dist.destroy_process_group()
+
+
+def _with_fsdp1(model: nn.Module, layout: Any) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from mpsdk_torch.any_model import find_blocks
+    from mpsdk_torch.delayed_param import DelayedParamIniter
+
+    delayed = DelayedParamIniter(model) if next(model.parameters()).is_meta else None
+    with syncing_on_cpu(), delayed.validate_params_and_buffers_inited() if delayed else nullcontext():
+        return FullyShardedDataParallel(
+            model,
+            process_group=layout.mesh["sdp"].get_group(),
+            auto_wrap_policy=ModuleWrapPolicy({type(block) for _, block in find_blocks(model)}),
+            sync_module_states=True,
+            param_init_fn=delayed.get_param_init_fn() if delayed else None,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+
+
+def _with_fsdp2(model: nn.Module, layout: Any) -> nn.Module:
+    from mpsdk_torch import shard_model
+    from mpsdk_torch.delayed_param import DelayedParamIniter, load_from_first
+
+    delayed = DelayedParamIniter(model) if next(model.parameters()).is_meta else None
+    weights = {} if delayed else model.state_dict()
+    shard_model(model, layout.mesh["sdp"])
+    if delayed:
+        model.apply(delayed.get_param_init_fn())
+    load_from_first(model, weights)
+    return model
+
+
+SPREAD = {"fsdp1": _with_fsdp1, "fsdp2": _with_fsdp2}
+
+
+@contextmanager
+def whole_gradients(model: Any, how: str) -> Iterator[dict[str, Tensor]]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if how == "fsdp2":
+        yield {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        return
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        yield {
+            name.replace("_fsdp_wrapped_module.", ""): p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
