@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from mpsdk.errors import CheckpointError
 from mpsdk.families.describe import TOKENS
@@ -68,7 +68,7 @@ def _sizes(usual: TransformerSpec, shapes: Shapes) -> dict[str, object]:
     sizes: dict[str, object] = {
         "vocab_size": shapes[TOKENS][0],
         "hidden_size": shapes[TOKENS][1],
-        "blocks": 1 + max(block for name in shapes for block in block_number("blocks.{block}.", name)),
+        "blocks": 1 + _last_block("blocks.{block}.", shapes),
         "heads": queries // head_size,
         "key_value_heads": keys // head_size,
         "head_size": head_size,
@@ -92,9 +92,7 @@ def canonical_shapes(rules: Collection[WeightRule], found: Shapes) -> dict[str, 
 
     Joined tensors are taken to be of equal shapes.
     """
-    last = max(
-        (block for rule in rules for name in found for block in block_number(rule.hf, name)), default=0
-    )
+    last = max(_last_block(rule.hf, found) for rule in rules if "{block}" in rule.hf)
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in rules:
         for block in (0, last) if "{block}" in rule.hf else (0,):
@@ -106,9 +104,8 @@ def canonical_shapes(rules: Collection[WeightRule], found: Shapes) -> dict[str, 
     return shapes
 
 
-def block_number(template: str, name: str) -> Iterator[int]:
-    """The number of the block that `name` begins with, as `template` says it; nothing where it doesn't."""
-    before, marker, after = template.partition("{block}")
-    found = re.match(re.escape(before) + r"(\d+)" + re.escape(after), name) if marker else None
-    if found:
-        yield int(found[1])
+def _last_block(template: str, names: Collection[str]) -> int:
+    """The highest number of a block in the names that begin as `template` says; 0 where none does."""
+    before, _, after = template.partition("{block}")
+    pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    return max((int(found[1]) for found in map(pattern.match, names) if found), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,24 @@ def gradients(
         float(loss),
         {name: np.asarray(tf.convert_to_tensor(value)) for name, value in zip(named, found, strict=True)},
     )
+
+
+def translated(
+    family: str, theirs: dict[str, NDArray[Any]], config: dict[str, Any]
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """What `nn.huggingface` makes of transformers' state dict, and of that again, as TensorFlow's tensors."""
+    import tensorflow as tf
+
+    name = family.replace("_", "")
+    module = importlib.import_module(f"mpsdk_tf.nn.huggingface.{name}")
+    tensors = {key: tf.constant(values) for key, values in theirs.items()}
+    ours = getattr(module, f"translate_hf_state_dict_to_smdistributed_{name}")(tensors, config=config)
+    again = getattr(module, f"translate_state_dict_to_hf_{name}")(ours, config=config)
+    first, second = ({key: values.numpy() for key, values in state.items()} for state in (ours, again))
+    return first, second
+
+
+def translations(family: str) -> list[str]:
+    """The names of a family's functions in `nn.huggingface`."""
+    module = importlib.import_module(f"mpsdk_tf.nn.huggingface.{family.replace('_', '')}")
+    return sorted(key for key in vars(module) if key.startswith("translate"))

@@ -8,26 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mpsdk.families import FAMILIES
 from tests.cases import EVERY_HEAD
+from tests.parity import tensorflow_side
 from tests.torch.test_translate import functions, model_of, of
-
-State = dict[str, NDArray[np.generic]]
-
-
-def in_tensorflow(family: str, theirs: State, config: dict[str, Any]) -> tuple[State, State]:
-    """What the twins of PyTorch's functions make of transformers' state dict, and of that again, as tensors."""
-    import tensorflow as tf
-
-    name = family.replace("_", "")
-    module = importlib.import_module(f"mpsdk_tf.nn.huggingface.{name}")
-    tensors = {key: tf.constant(values) for key, values in theirs.items()}
-    ours = getattr(module, f"translate_hf_state_dict_to_smdistributed_{name}")(tensors, config=config)
-    again = getattr(module, f"translate_state_dict_to_hf_{name}")(ours, config=config)
-    first, second = ({key: values.numpy() for key, values in state.items()} for state in (ours, again))
-    return first, second
 
 
 @pytest.mark.parametrize("name", EVERY_HEAD)
@@ -36,7 +21,7 @@ def test_both_frameworks_translate_alike(name: str, tensorflow: ProcessPoolExecu
     model: Any = model_of(of(family), objective)
     config = model.config.to_dict()
     theirs = {key: values.numpy() for key, values in model.state_dict().items()}
-    answer = tensorflow.submit(in_tensorflow, family, theirs, config)
+    answer = tensorflow.submit(tensorflow_side.translated, family, theirs, config)
 
     to_hf, from_hf = functions(family)
     ours = from_hf(model.state_dict(), config=config)
@@ -49,13 +34,6 @@ def test_both_frameworks_translate_alike(name: str, tensorflow: ProcessPoolExecu
 
 def test_the_modules_of_both_frameworks_have_the_same_names(tensorflow: ProcessPoolExecutor) -> None:
     for family in FAMILIES:
-        name = family.replace("_", "")
-        module = importlib.import_module(f"mpsdk_torch.nn.huggingface.{name}")
+        module = importlib.import_module(f"mpsdk_torch.nn.huggingface.{family.replace('_', '')}")
         mine = sorted(key for key in vars(module) if key.startswith("translate"))
-        assert tensorflow.submit(public_names, name).result() == mine
-
-
-def public_names(module: str) -> list[str]:
-    """Of the twin in TensorFlow."""
-    found = importlib.import_module(f"mpsdk_tf.nn.huggingface.{module}")
-    return sorted(key for key in vars(found) if key.startswith("translate"))
+        assert tensorflow.submit(tensorflow_side.translations, family).result() == mine
