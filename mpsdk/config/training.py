@@ -131,7 +131,8 @@ class Training(Document):
 
     @rule("objective", "pair_column", "label_column", "mask_probability")
     def settings_fit_objective(self) -> Iterator[Problem]:
-        """`pair_column` only with "sequence-classification", `label_column` with either, `mask_probability` with "masked-lm"."""
+        """`pair_column` only with "sequence-classification", `label_column` with either, `mask_probability` with
+        "masked-lm"."""
         takers = {
             "pair_column": ("sequence-classification",),
             "label_column": ("sequence-classification", "token-classification"),
