@@ -9,6 +9,8 @@ parallelism (Korthikanti et al. 2022, arXiv:2205.05198, figure 5): each forward'
 | `leave_parallel`                         | all-reduce                   | identity                     |
 | `enter_parallel`, under sequence parallel | all-gather, dimension 1     | reduce-scatter, dimension 1  |
 | `leave_parallel`, under sequence parallel | reduce-scatter, dimension 1 | all-gather, dimension 1      |
+| `gather_features`                        | all-gather, last dimension   | this rank's part             |
+| `split_features`                         | this rank's part             | all-gather, last dimension   |
 
 The gathered sequence is what a cut layer keeps for its weight gradient; Korthikanti et al. keep this rank's part and gather
 it again in the backward.
@@ -87,6 +89,35 @@ class _ScatterSequence(torch.autograd.Function):
         return _all_gather_sequence(gradient, ctx.group), None
 
 
+class _GatherFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather_features(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(ctx.group.size, -1)[ctx.group.rank], None
+
+
+class _SplitFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return tensor.chunk(group.size, -1)[group.rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_gather_features(gradient, ctx.group), None
+
+
+def _all_gather_features(tensor: Tensor, group: TensorGroup) -> Tensor:
+    """(..., part) on each rank to (..., part * size) on all."""
+    gathered = tensor.new_empty((group.size, *tensor.shape))
+    _all_gather(gathered.flatten(0, 1), tensor.contiguous(), group=group.handle)
+    return torch.cat(gathered.unbind(0), dim=-1)
+
+
 def _all_gather_sequence(tensor: Tensor, group: TensorGroup) -> Tensor:
     """(batch, part, ...) on each rank to (batch, part * size, ...) on all."""
     gathered = tensor.new_empty((group.size, *tensor.shape))
@@ -118,6 +149,16 @@ def leave_parallel(partial: Tensor, group: TensorGroup) -> Tensor:
     if group.sequence_parallel:
         return _ScatterSequence.apply(partial, group)
     return _ReduceFromGroup.apply(partial, group.handle)
+
+
+def gather_features(part: Tensor, group: TensorGroup) -> Tensor:
+    """(..., features / t) of each rank to all features on all, which go on to do the same with them."""
+    return part if group.handle is None else _GatherFeatures.apply(part, group)
+
+
+def split_features(whole: Tensor, group: TensorGroup) -> Tensor:
+    """This rank's part (..., features / t) of features that all ranks have."""
+    return whole if group.handle is None else _SplitFeatures.apply(whole, group)
 
 
 class Route(NamedTuple):

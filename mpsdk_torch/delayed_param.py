@@ -161,8 +161,29 @@ class DelayedParamIniter:
                 setattr(module, name, self._with_memory((module, name), parameter, made))
         for name, buffer in buffers:
             setattr(module, name, _empty(buffer, self._device) if buffer.is_meta else buffer.to(self._device))
-        self._initialise(module)
+        if isinstance(self._initialise, _Initial):
+            self._initialise(module)
+        else:
+            self._initialise_whole(module)
         self.count_num_params(module, *made)
+
+    def _initialise_whole(self, module: nn.Module) -> None:
+        """Initialise tensors that FSDP2 has cut as whole ones, one module at a time, and keep this rank's rows.
+
+        The values are those of an uncut model where ranks have the same random numbers. On DTensors themselves torch would
+        first agree on random numbers with ranks that are not here.
+        """
+        cut: dict[str, DTensor] = {}
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if isinstance(parameter, DTensor):
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
+                cut[name] = parameter
+                setattr(module, name, nn.Parameter(_empty(whole, self._device), parameter.requires_grad))
+        self._initialise(module)
+        for name, parameter in cut.items():
+            rows, start = parameter.to_local(), _first_row(parameter)
+            rows.copy_(getattr(module, name)[start : start + rows.shape[0]])
+            setattr(module, name, parameter)
 
     def _with_memory(
         self, site: tuple[nn.Module, str], parameter: nn.Parameter, made: list[nn.Parameter]

@@ -98,3 +98,9 @@ def _degrees(distribution: Distribution, world: int) -> Degrees:
     if problems:
         raise ConfigError(problems, where="the layout")
     return Degrees(dp=replicas, sdp=sdp, tp=tp)
+
+
+def tensor_group() -> TensorGroup:
+    """The tensor-parallel ranks of the layout made last, which a parallel twin makes itself for."""
+    layout = current()
+    return TensorGroup() if layout is None else layout.tensor

@@ -60,7 +60,8 @@ def randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = parameter.ndim == 1 and name.endswith("weight")  # of ones, or of zeros where 1 is added
-            parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter if norm else 0.0))
+            noise = torch.randn(parameter.shape).to(parameter.device) * 0.1
+            parameter.copy_(parameter + noise if norm else noise)
 
 
 def make_ids(rows: int = 2) -> Tensor:
@@ -79,9 +80,10 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def wrong_gradients(found: dict[str, Tensor], reference: nn.Module, rank: int, size: int) -> list[str]:
+def wrong_gradients(
+    found: dict[str, Tensor], expected: dict[str, Tensor], rank: int = 0, size: int = 1
+) -> list[str]:
     """Which gradients are not this rank's share of the whole model's."""
-    expected = gradients_of(reference)
     floor = 1e-9 * max(float(gradient.abs().max()) for gradient in expected.values())
     wrong = sorted(found.keys() ^ expected.keys())
     for name in found.keys() & expected.keys():
@@ -109,9 +111,9 @@ def compare(
             found = model(ids, labels=ids).loss
             found.backward()
         elements, whole = (sum(p.numel() for p in m.parameters()) for m in (model, reference))
-        wrong = wrong_gradients(gradients_of(model), reference, place.rank, place.world_size)
+        wrong = wrong_gradients(gradients_of(model), gradients_of(reference), place.rank, place.world_size)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        return Compared(float(found), float(expected), wrong, elements / whole, tied)
+        return Compared(found.item(), expected.item(), wrong, elements / whole, tied)
     finally:
         dist.destroy_process_group()
 
@@ -137,12 +139,12 @@ def compare_sharded(place: Place, architecture: str, how: str) -> Compared:
         found = wrapped(ids, labels=ids).loss
         found.backward()
         with whole_gradients(wrapped, how) as gradients:
-            wrong = wrong_gradients(gradients, reference, layout.coordinates.tp, 2)
+            wrong = wrong_gradients(gradients, gradients_of(reference), layout.coordinates.tp, 2)
             share = sum(g.numel() for g in gradients.values()) / sum(
                 p.numel() for p in reference.parameters()
             )
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        return Compared(float(found), float(expected), wrong, share, tied)
+        return Compared(found.item(), expected.item(), wrong, share, tied)
     finally:
         dist.destroy_process_group()
 
@@ -196,3 +198,164 @@ def whole_gradients(model: Any, how: str) -> Iterator[dict[str, Tensor]]:
             for name, p in model.named_parameters()
             if p.grad is not None
         }
+
+
+class Mixer(nn.Module):
+    """A module of one's own: what `scale` is and what comes back differ from its twin's."""
+
+    def __init__(self, width: int, inner: int = 8, *, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"mixed": self.down(torch.tanh(self.up(hidden)) * scale)}
+
+
+class Model(nn.Module):
+    """Odd inside and out: an embedding, mixers in a list, a tied output."""
+
+    def __init__(self, width: int = 8, blocks: int = 3) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width, padding_idx=3)
+        self.stem = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.mixers = nn.ModuleList(Mixer(width, 12, bias=block != 1) for block in range(blocks))
+        self.side = nn.Linear(width, 5)  # out_features is odd
+        self.output = nn.Linear(width, VOCABULARY, bias=False)
+        self.output.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.stem(self.tokens(ids))
+        for mixer in self.mixers:
+            hidden = hidden + mixer(hidden, scale=0.5)["mixed"]
+        return self.output(hidden).square().mean() + self.side(hidden).square().mean()
+
+
+def make_parallel_mixer() -> type[nn.Module]:
+    from mpsdk_torch.comm import enter_parallel
+    from mpsdk_torch.layout import tensor_group
+    from mpsdk_torch.nn import DistributedLinear
+
+    class ParallelMixer(nn.Module):
+        def __init__(self, sizes: tuple[int, int], with_bias: bool) -> None:
+            super().__init__()
+            width, inner = sizes
+            self.group = tensor_group()
+            self.up = DistributedLinear(width, inner, cut="column", bias=with_bias, group=self.group)
+            self.down = DistributedLinear(inner, width, cut="row", bias=False, group=self.group)
+
+        def forward(self, scale: float, hidden: Tensor) -> Tensor:
+            return self.down(torch.tanh(self.up(enter_parallel(hidden, self.group))) * scale)
+
+    return ParallelMixer
+
+
+def compare_twins(place: Place, marking: str) -> Compared:
+    """A model of one's own with twins for its mixers ("twins"), by layers alone ("layers"), or by a plan ("plan")."""
+    from mpsdk_torch import parallelize_model, register, tensor_parallelism
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        if marking == "twins" and Mixer not in register._twins:
+            register.tp_register_with_module(
+                Mixer,
+                make_parallel_mixer(),
+                init_hook=lambda width, inner=8, *, bias=True: (((width, inner),), {"with_bias": bias}),
+                forward_hook=lambda hidden, scale=1.0: ((scale,), {"hidden": hidden}),
+                return_hook=lambda mixed: {"mixed": mixed},
+            )
+        torch.manual_seed(2)
+        reference = Model()
+        with tensor_parallelism(marking != "plan"):
+            model = Model()
+            with tensor_parallelism(False):
+                model.side = nn.Linear(8, 5)
+        model.load_state_dict(reference.state_dict())
+        plan = {"mixers.*.up": "colwise", "mixers.*.down": "rowwise", "output": "colwise_gather_output"}
+        layout = {"tensor_parallel": place.world_size}
+        parallelize_model(model, layout, plan=plan if marking == "plan" else None)
+        expected, found = reference(make_ids()), model(make_ids())
+        expected.backward()
+        found.backward()
+        wrong = wrong_gradients(gradients_of(model), gradients_of(reference), place.rank, place.world_size)
+        elements, whole = (sum(p.numel() for p in m.parameters()) for m in (model, reference))
+        tied = model.output.weight is model.tokens.weight
+        return Compared(found.item(), expected.item(), wrong, elements / whole, tied)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_any_sharded(place: Place) -> Compared:
+    """The same model by FSDP2, its blocks found by themselves."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from mpsdk_torch import shard_model
+    from mpsdk_torch.layout import lay_out
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        torch.manual_seed(2)
+        reference, model = Model(), Model()
+        model.load_state_dict(reference.state_dict())
+        shard_model(model, lay_out({"sharded_data_parallel": place.world_size}).mesh["sdp"])
+        assert [name for name, m in model.named_modules() if isinstance(m, FSDPModule)] == [
+            "", "mixers.0", "mixers.1", "mixers.2"
+        ]  # fmt: skip
+        expected, found = reference(make_ids()), model(make_ids())
+        expected.backward()
+        found.backward()
+        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        held = sum(p.to_local().numel() for p in model.parameters())
+        wrong = wrong_gradients(gradients, gradients_of(reference))
+        share = held / sum(p.numel() for p in reference.parameters())
+        return Compared(
+            found.item(), expected.item(), wrong, share, model.output.weight is model.tokens.weight
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_stages(place: Place, architecture: str) -> Compared:
+    """A model in as many pipeline stages as ranks, run by torch's own 1F1B schedule."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    from mpsdk_torch.stages import pipeline_stage, tied_weight
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        reference, model = make_model(architecture).train(), make_model(architecture).train()
+        blocks, ranks = 4, place.world_size
+        stage = pipeline_stage(model, place.rank * blocks // ranks, (place.rank + 1) * blocks // ranks)
+        ids = make_ids(rows=4)
+
+        def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+        expected = loss_of(reference(ids, use_cache=False).logits, ids)
+        expected.backward()
+        runs = PipelineStage(stage, place.rank, ranks, torch.device("cpu"))
+        schedule = Schedule1F1B(runs, n_microbatches=2, loss_fn=loss_of)
+        losses: list[Tensor] = []
+        given = (ids,) if place.rank == 0 else ()
+        schedule.step(*given, target=ids, losses=losses)
+        tied = tied_weight(stage)
+        if tied is not None:
+            dist.all_reduce(tied.grad)
+        gradients = {
+            name.removeprefix(
+                "model.",
+            ): g
+            for name, g in gradients_of(stage).items()
+        }
+        whole = gradients_of(reference)
+        if tied is not None and place.rank:
+            gradients["model.embed_tokens.weight"] = gradients.pop("lm_head.weight")
+        wrong = wrong_gradients(gradients, {name: g for name, g in whole.items() if name in gradients})
+        found = torch.stack(losses).mean().item() if losses else expected.item()
+        share = sum(g.numel() for g in gradients.values()) / sum(g.numel() for g in whole.values())
+        return Compared(found, expected.item(), wrong, share, tied is not None)
+    finally:
+        dist.destroy_process_group()
