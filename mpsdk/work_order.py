@@ -96,9 +96,10 @@ class WorkOrder(BaseModel):
             directory = directory.parent
         config: dict[str, JsonValue] = {"eos_token_id": 256} if tokenizer == "bytes" else {}
         config |= self.hf_config
+        classifies = self.plan.training.objective == "sequence-classification"
         spec = self.plan.description.spec
-        classifies = spec is not None and spec.head.objective == "sequence-classification"
-        if classifies and spec.head.pooled == "last" and config.get("pad_token_id") is None:
+        ends = spec is not None and spec.head.pooled == "last"
+        if classifies and ends and config.get("pad_token_id") is None:
             # transformers finds a row's last token by the padding behind it.
             config["pad_token_id"] = load_tokenizer(tokenizer, self.model_directory).specials.pad
         return config, directory

@@ -131,9 +131,8 @@ def _write_rows(table: Table, labelling: Labelling, encoder: RowEncoder, writer:
     if cut:
         log.warning("%s: %d of %d rows were cut to sequence_length", table.name, cut, writer.header.rows)
     if lost:
-        log.warning(
-            "%s: in %d rows the tokenizer makes no token of some word, whose label is lost", table.name, lost
-        )
+        message = "%s: in %d of %d rows the tokenizer makes no token of some word, whose label is lost"
+        log.warning(message, table.name, lost, writer.header.rows)
 
 
 def _labels_of_tokens(found: Encoded, labels: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from mpsdk.backend import IGNORED_LABEL
 from mpsdk.config import Training
 from mpsdk.data import BytesTokenizer, Labelling, Labels, encoding, load_tokenizer
 from mpsdk.data.encoding import fitting
+from mpsdk.errors import DataError
 from mpsdk.inputs import ids_problems
 from tests.core.data.labelled import prepared
 from tests.core.data.samples import SHAKESPEARE
@@ -165,6 +166,22 @@ def test_labels_of_words_stand_where_the_examples_of_transformers_put_them(tmp_p
             labels.append(IGNORED_LABEL if word is None or word == before else row["label"][word])
             before = word
         assert found["labels"][number].tolist() == labels
+
+
+@pytest.mark.hf
+def test_a_word_that_leaves_no_token_is_told_and_a_row_of_such_words_is_refused(tmp_path, caplog):
+    pytest.importorskip("transformers")
+    make("BERT").save_pretrained(tmp_path / "tokenizer")
+    options = {"tokenizer": load_tokenizer("auto", tmp_path / "tokenizer"), "sequence_length": 8}
+    labelling = Labelling(Labels(2), words=True)
+    silent = "\x00"  # which BERT's normalizer takes away
+    rows = [{"text": ["to", silent, "be"], "label": [0, 1, 1]}, {"text": ["or"], "label": [1]}]
+    dataset = prepared(rows, tmp_path, labelling, **options)
+    labels = dataset.rows(np.array([0]))["labels"][0]
+    assert labels[labels != IGNORED_LABEL].tolist() == [0, 1]
+    assert "in 1 of 2 rows the tokenizer makes no token of some word, whose label is lost" in caplog.text
+    with pytest.raises(DataError, match="row 1: the tokenizer makes no token of it"):
+        prepared([rows[1], {"text": [silent], "label": [0]}], tmp_path, labelling, **options)
 
 
 @pytest.mark.hf
