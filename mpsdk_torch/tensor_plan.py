@@ -67,6 +67,8 @@ def entries(model: nn.Module, plan: TensorPlan, own: Mapping[str, str]) -> tuple
 
     An embedding that is tied to a linear map which is cut by outputs is cut by rows with it.
     """
+    modules = dict(model.named_modules())
+    parameters = [name for name, _ in model.named_parameters()]
     problems = [
         Problem(
             f"plan[{pattern!r}]",
@@ -74,18 +76,26 @@ def entries(model: nn.Module, plan: TensorPlan, own: Mapping[str, str]) -> tuple
             "matches no module; use names of the model's modules, * for numbers",
         )
         for pattern in plan
-        if not any(_matches(name, pattern) for name, _ in model.named_modules())
+        if not any(_matches(name, pattern) for name in (*modules, *parameters))
     ]
-    found: dict[str, Entry] = {}
-    used: set[str] = set()
-    for name, module in model.named_modules():
+
+    def style_of(name: str) -> str | None:
         style = own.get(collapsed(name))
-        used.add(collapsed(name))
         for pattern, stated in plan.items():
             if _matches(name, pattern):
                 style = stated
-        if style is not None:
+        return style
+
+    found: dict[str, Entry] = {}
+    for name, module in modules.items():
+        if (style := style_of(name)) is not None:
             found[name] = Entry(name, module, _ALIASES.get(style, style))
+    of_parameters = {collapsed(name): style for name in parameters if (style := style_of(name)) is not None}
+    for name, style in of_parameters.items():
+        if name in own:
+            remedy = f"is for a parameter, and mpsdk cuts modules; {_leave_whole(name)}, or register a twin of its module"
+            problems.append(Problem(name, style, remedy))
+    used = {collapsed(name) for name in (*modules, *parameters)}
     if absent := [pattern for pattern in own if pattern not in used]:
         logger.info("the model's own plan names modules that it does not have: %s", ", ".join(absent))
     for name, embedding in _tied_embeddings(model, found):
@@ -126,7 +136,7 @@ def problems_of(model: nn.Module, found: list[Entry], size: int) -> Iterator[Pro
 
 def _wrong_with(entry: Entry, name: str, parent: nn.Module, size: int) -> Iterator[str]:
     module, style, kind = entry.module, entry.style, type(entry.module).__name__
-    whole = f"leave it whole with plan={{{name!r}: None}}"
+    whole = _leave_whole(name)
     if style not in STYLES:
         yield f"mpsdk has no such style ({', '.join(STYLES)}); {whole}, or register a twin of your own for {kind}"
     elif style in _LINEAR and type(module) is not nn.Linear:
@@ -138,19 +148,26 @@ def _wrong_with(entry: Entry, name: str, parent: nn.Module, size: int) -> Iterat
     elif entry.cut is not None and isinstance(module, nn.Linear | nn.Embedding):
         assert entry.cut.dimension is not None
         features, parts = module.weight.shape[entry.cut.dimension], size * entry.cut.packed
-        if features % parts:
-            what = ("rows", "columns")[entry.cut.dimension]
-            yield f"{features} {what} of its weight can't be shared by {size} ranks; {_remedy(entry, features, whole)}"
-        elif style == "colwise" and (heads := _heads(features, parent)) is not None and heads % size:
+        heads = _heads(features, parent) if style == "colwise" else None
+        if heads is not None and heads % size:
             fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             yield f"its {heads} heads can't be shared by {size} ranks; a tensor_parallel.degree of {fitting} would do"
+        elif features % parts:
+            what = ("rows", "columns")[entry.cut.dimension]
+            remedy = f"{_remedy(entry, features, size)}, or {whole}"
+            yield f"{features} {what} of its weight can't be shared by {size} ranks; {remedy}"
 
 
-def _remedy(entry: Entry, features: int, whole: str) -> str:
+def _leave_whole(name: str) -> str:
+    return f"leave it whole with plan={{{name!r}: None}}"
+
+
+def _remedy(entry: Entry, features: int, size: int) -> str:
     if entry.style == "embedding_rowwise" or "head" in entry.name:
-        return f"pad the vocabulary with model.resize_token_embeddings(pad_to_multiple_of=...), or {whole}"
-    fitting = ", ".join(str(n) for n in range(1, 65) if features % (n * (entry.cut or Cut()).packed) == 0)
-    return f"a tensor_parallel.degree of {fitting} would do, or {whole}"
+        return f"pad the vocabulary with model.resize_token_embeddings(pad_to_multiple_of={size})"
+    packed = entry.cut.packed if entry.cut is not None else 1
+    fitting = ", ".join(str(n) for n in range(1, 65) if features % (n * packed) == 0)
+    return f"a tensor_parallel.degree of {fitting} would do"
 
 
 def _heads(features: int, parent: nn.Module) -> int | None:

@@ -33,6 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": USUAL,
     "starcoder2": USUAL | {"use_bias": True},
 }  # fmt: skip
+MIXTURE = {"mixtral": USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2}}
 
 
 class Compared(NamedTuple):
@@ -50,7 +51,9 @@ def make_model(architecture: str, **settings: Any) -> Any:
     import transformers
 
     torch.manual_seed(7)
-    config = transformers.AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **settings)
+    config = transformers.AutoConfig.for_model(
+        architecture, **(ARCHITECTURES | MIXTURE)[architecture], **settings
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     randomise(model)
     return model.eval()

@@ -59,6 +59,18 @@ def test_ones_own_plan_stands_over_the_models(pool: WorkerPool) -> None:
         assert seen.share > 0.65
 
 
+def test_a_mixture_of_experts_is_refused_and_cut_around_its_experts(pool: WorkerPool) -> None:
+    model = make_model("mixtral")
+    found = problems(model, 2)
+    assert "is for a parameter, and mpsdk cuts modules" in found["model.layers.*.mlp.experts.down_proj"]
+    assert "mpsdk has no such style" in found["model.layers.*.mlp.experts"]
+    assert (
+        "leave it whole with plan={'model.layers.*.mlp.experts': None}" in found["model.layers.*.mlp.experts"]
+    )
+    for seen in pool.run(2, compare, "mixtral", {}, {"model.layers.*.mlp.*": None}):
+        assert_the_same(seen, share=0.95)
+
+
 @pytest.mark.parametrize("how", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("architecture", ["gemma2", pytest.param("exaone4", marks=pytest.mark.long)])
 def test_rank_0s_weights_are_cut_and_sharded(pool: WorkerPool, architecture: str, how: str) -> None:
@@ -199,11 +211,15 @@ def test_a_twin_may_load_its_weights_itself(twins: None) -> None:
 
 def test_everything_that_cannot_be_cut_is_listed_with_what_to_do() -> None:
     found = problems(make_model("cohere"), 3)
-    assert found["model.layers.*.self_attn.q_proj"].startswith(
-        "16 rows of its weight can't be shared by 3 ranks; a "
+    assert found["model.layers.*.self_attn.q_proj"] == (
+        "its 4 heads can't be shared by 3 ranks; a tensor_parallel.degree of 1, 2, 4 would do"
     )
-    assert "pad the vocabulary" in found["lm_head"]
-    assert "pad the vocabulary" in found["model.embed_tokens"]
+    assert found["model.layers.*.self_attn.o_proj"] == (
+        "16 columns of its weight can't be shared by 3 ranks; a tensor_parallel.degree of 1, 2, 4, 8, 16 would do, or leave it "
+        "whole with plan={'model.layers.*.self_attn.o_proj': None}"
+    )
+    assert "resize_token_embeddings(pad_to_multiple_of=3)" in found["lm_head"]
+    assert "resize_token_embeddings(pad_to_multiple_of=3)" in found["model.embed_tokens"]
     heads = problems(make_model("cohere"), 4)
     assert heads["model.layers.*.self_attn.k_proj"] == (
         "its 2 heads can't be shared by 4 ranks; a tensor_parallel.degree of 1, 2 would do"
