@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from mpsdk.errors import ConfigError, Problem
 from mpsdk_torch.comm import TensorGroup
-from mpsdk_torch.layout import Config, current, lay_out
+from mpsdk_torch.layout import Config, agree, current, lay_out
 from mpsdk_torch.register import Twin, make_twin, mark_of, marked
 from mpsdk_torch.register import problems_of as problems_of_twin
 from mpsdk_torch.shares import WHOLE, Shares
@@ -41,15 +42,23 @@ def parallelize_model(
 
     Raises:
         ConfigError: everything that can't be cut, each with what to do instead. The model is then as it was.
+        BackendError: on the other ranks, when rank 0 could not go on.
     """
     layout = current() if config is None else lay_out(config)
     group = TensorGroup() if layout is None else layout.tensor
-    twins, planned = _work(model, group, plan or {})
-    if load_state_dict_from_rank0 and twins and group.handle is not None:
-        remedy = (
-            "twins take over weights that each rank has; set it to False, with the whole model on every rank"
-        )
-        raise ConfigError([Problem("load_state_dict_from_rank0", True, remedy)], where="parallelize_model")
+    failure: ConfigError | None = None
+    twins: list[tuple[str, nn.Module, Twin]] = []
+    planned: list[Entry] = []
+    try:
+        twins, planned = _work(model, group, plan or {})
+        if load_state_dict_from_rank0:
+            _check_source(model, twins, group)
+    except ConfigError as error:
+        failure = error
+    if load_state_dict_from_rank0:
+        agree(failure, "parallelize_model")
+    if failure is not None:
+        raise failure
     if group.handle is None and not load_state_dict_from_rank0:
         return model
     shares = Shares(group, from_rank0=load_state_dict_from_rank0)
@@ -82,6 +91,22 @@ def _work(
     if problems:
         raise ConfigError(problems, where=f"cutting {type(model).__name__} over {group.size} ranks")
     return twins, planned
+
+
+def _check_source(model: nn.Module, twins: Sequence[object], group: TensorGroup) -> None:
+    """Whether rank 0's model can give all ranks their weights."""
+    problems: list[Problem] = []
+    if twins and group.handle is not None:
+        remedy = (
+            "twins take over weights that each rank has; set it to False, with the whole model on every rank"
+        )
+        problems.append(Problem("load_state_dict_from_rank0", True, remedy))
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty and (not dist.is_initialized() or dist.get_rank() == 0):
+        remedy = "rank 0 gives all ranks their weights, so its model must not be on the meta device"
+        problems.append(Problem("model", f"{empty[0]} on meta", remedy))
+    if problems:
+        raise ConfigError(problems, where="parallelize_model")
 
 
 def _by_itself(name: str, module: nn.Module, size: int) -> Entry:

@@ -76,6 +76,17 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def agree(failure: Exception | None, what: str) -> None:
+    """Raise BackendError where `what` has failed on another rank, so that none waits for it; all ranks call this together."""
+    if not dist.is_initialized():
+        return
+    failed = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device())
+    failed[dist.get_rank()] = failure is not None
+    dist.all_reduce(failed)
+    if failure is None and (ranks := failed.nonzero().flatten().tolist()):
+        raise BackendError(f"{what} failed on rank {', '.join(map(str, ranks))}; its own error says why")
+
+
 def _degrees(distribution: Distribution, world: int) -> Degrees:
     problems: list[Problem] = []
     if distribution.pipeline.degree > 1:

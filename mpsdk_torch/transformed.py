@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mpsdk.config import Distribution, Training
 from mpsdk.description import TensorDescription
-from mpsdk.errors import BackendError, CheckpointError, ConfigError, Problem
+from mpsdk.errors import CheckpointError, ConfigError, Problem
 from mpsdk.families import FAMILIES, Family, TransformerSpec
 from mpsdk.families.describe import describe_spec
 from mpsdk.families.layout import HfTensor, hf_tensors
@@ -26,7 +26,7 @@ from mpsdk.families.match import left_out, left_over, match, misshapen, respelt
 from mpsdk.plan import LocalTensor, Plan
 from mpsdk.resolve import resolve
 from mpsdk_torch.comm import TensorGroup, enter_parallel
-from mpsdk_torch.layout import Config, Layout, current, device, lay_out
+from mpsdk_torch.layout import Config, Layout, agree, current, device, lay_out
 from mpsdk_torch.nn import Norm
 from mpsdk_torch.transformer import Transformer
 
@@ -69,7 +69,7 @@ def transform(
     except (ConfigError, CheckpointError) as error:
         failure = error
     if load_state_dict_from_rank0:
-        _agree(failure)
+        agree(failure, "transform")
     if failure is not None or local is None:
         raise failure or AssertionError("no failure, and nothing read")
 
@@ -224,17 +224,6 @@ class _Fill:
             there = [self._weights.part(parts[number]).to(own.device) for parts in self._parts]
         dist.scatter(own, there, src=0, group=self._group.handle)
         return own
-
-
-def _agree(failure: Exception | None) -> None:
-    """Raise BackendError where another rank has failed; all ranks call this together."""
-    if not dist.is_initialized():
-        return
-    failed = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device())
-    failed[dist.get_rank()] = failure is not None
-    dist.all_reduce(failed)
-    if failure is None and (ranks := failed.nonzero().flatten().tolist()):
-        raise BackendError(f"transform failed on rank {', '.join(map(str, ranks))}; its own error says why")
 
 
 class _NormOfHeads(Norm):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpsdk.backend import Place
 from tests.cases import BOUND
+from tests.torch.memory import Memory
 from tests.torch.spreading import syncing_on_cpu
 
 VOCABULARY = 62
@@ -44,6 +45,7 @@ class Compared(NamedTuple):
     wrong: list[str]  # gradients that are not this rank's share of the whole model's
     share: float  # of the whole model's elements
     tied: bool
+    peak: float = 0.0  # the most that it held while it got its weights, by the whole model's elements
 
 
 def make_model(architecture: str, **settings: Any) -> Any:
@@ -133,9 +135,10 @@ def compare_sharded(place: Place, architecture: str, how: str) -> Compared:
         with nullcontext() if place.rank == 0 else delay_param_initialization():
             model = make_model(architecture)
         config = {"tensor_parallel": 2, "sharded_data_parallel": 2}
-        parallelize_model(model, config, load_state_dict_from_rank0=True)
-        layout = current()
-        wrapped = SPREAD[how](model, layout)
+        with Memory(watch_peak=True) as memory:
+            parallelize_model(model, config, load_state_dict_from_rank0=True)
+            layout = current()
+            wrapped = SPREAD[how](model, layout)
         ids = make_ids()
         expected = reference(ids, labels=ids).loss
         expected.backward()
@@ -143,11 +146,10 @@ def compare_sharded(place: Place, architecture: str, how: str) -> Compared:
         found.backward()
         with whole_gradients(wrapped, how) as gradients:
             wrong = wrong_gradients(gradients, gradients_of(reference), layout.coordinates.tp, 2)
-            share = sum(g.numel() for g in gradients.values()) / sum(
-                p.numel() for p in reference.parameters()
-            )
+            elements = sum(parameter.numel() for parameter in reference.parameters())
+            share = sum(gradient.numel() for gradient in gradients.values()) / elements
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        return Compared(found.item(), expected.item(), wrong, share, tied)
+        return Compared(found.item(), expected.item(), wrong, share, tied, memory.peak / 4 / elements)
     finally:
         dist.destroy_process_group()
 
@@ -340,13 +342,14 @@ def compare_stages(place: Place, architecture: str) -> Compared:
         expected = loss_of(reference(ids, use_cache=False).logits, ids)
         expected.backward()
         runs = PipelineStage(stage, place.rank, ranks, torch.device("cpu"))
-        schedule = Schedule1F1B(runs, n_microbatches=2, loss_fn=loss_of)
+        schedule = Schedule1F1B(runs, n_microbatches=4, loss_fn=loss_of)
         losses: list[Tensor] = []
         given = (ids,) if place.rank == 0 else ()
         schedule.step(*given, target=ids, losses=losses)
         tied = tied_weight(stage)
+        ends = dist.new_group([0, ranks - 1])
         if tied is not None:
-            dist.all_reduce(tied.grad)
+            dist.all_reduce(tied.grad, group=ends)
         gradients = {
             name.removeprefix(
                 "model.",

@@ -264,3 +264,88 @@ def start_cut_and_sharded(place: Place, config: dict[str, Any]) -> list[str]:
         return _differing(model, found, dict(whole.named_parameters()))
     finally:
         dist.destroy_process_group()
+
+
+def finetune(place: Place, name: str, how: str) -> Seen:
+    """The published fine-tuning example: transformers' own model, whole on rank 0 and empty elsewhere, under FSDP."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from mpsdk_torch import delay_param_initialization, shard_model
+    from mpsdk_torch.any_model import find_blocks
+    from mpsdk_torch.delayed_param import DelayedParamIniter
+    from mpsdk_torch.layout import lay_out
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        layout = lay_out({"sharded_data_parallel": place.world_size})
+        with nullcontext() if place.rank == 0 else delay_param_initialization():
+            model = make_model(name)
+        delayed = DelayedParamIniter(model) if place.rank else None
+        checks = delayed.validate_params_and_buffers_inited() if delayed else nullcontext()
+        with Memory(watch_peak=True) as memory:
+            if how == "fsdp1":
+                with syncing_on_cpu(), checks:
+                    wrapped: Any = FullyShardedDataParallel(
+                        model,
+                        auto_wrap_policy=ModuleWrapPolicy({type(block) for _, block in find_blocks(model)}),
+                        sync_module_states=True,
+                        param_init_fn=delayed.get_param_init_fn() if delayed else None,
+                        device_id=torch.device("cpu"),
+                        use_orig_params=True,
+                    )
+            else:
+                whole = {} if delayed else model.state_dict()
+                wrapped = shard_model(model, layout.mesh["sdp"])
+                with checks:
+                    if delayed:
+                        model.apply(delayed.get_param_init_fn())
+                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+                set_model_state_dict(model, whole, options=options)
+        reference = make_model(name)
+        with torch.no_grad():
+            found, expected = wrapped(make_ids()).logits, reference(make_ids()).logits
+        with FullyShardedDataParallel.summon_full_params(wrapped) if how == "fsdp1" else nullcontext():
+            tensors = {
+                key.replace("_fsdp_wrapped_module.", ""): _full(tensor).detach().clone()
+                for key, tensor in (*wrapped.named_parameters(), *wrapped.named_buffers())
+            }
+        wanted = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+        wrong = sorted(tensors.keys() ^ wanted.keys()) + [
+            key for key in tensors.keys() & wanted.keys() if not torch.equal(tensors[key], wanted[key])
+        ]
+        elements = sum(parameter.numel() for parameter in reference.parameters())
+        distance = float((found - expected).abs().max() / expected.abs().max())
+        return Seen(wrong, distance, [], memory.peak // 4, elements)
+    finally:
+        dist.destroy_process_group()
+
+
+def _full(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def start_sharded(place: Place, name: str) -> list[str]:
+    """Which tensors of transformers' own model, made without memory on all ranks, don't start as an unsharded one's do."""
+    from mpsdk_torch import delay_param_initialization, shard_model
+    from mpsdk_torch.delayed_param import DelayedParamIniter
+    from mpsdk_torch.layout import lay_out
+    from mpsdk_torch.topology import join
+
+    join(place)
+    try:
+        started: list[dict[str, Tensor]] = []
+        for sharded in (True, False):
+            with delay_param_initialization():
+                model = make_model(name)
+            if sharded:
+                shard_model(model, lay_out({"sharded_data_parallel": place.world_size}).mesh["sdp"])
+            torch.manual_seed(3)
+            model.apply(DelayedParamIniter(model).get_param_init_fn())
+            started.append({key: _full(parameter).detach() for key, parameter in model.named_parameters()})
+        found, wanted = started
+        return [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    finally:
+        dist.destroy_process_group()

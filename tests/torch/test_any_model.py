@@ -74,8 +74,9 @@ def test_a_mixture_of_experts_is_refused_and_cut_around_its_experts(pool: Worker
 @pytest.mark.parametrize("how", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("architecture", ["gemma2", pytest.param("exaone4", marks=pytest.mark.long)])
 def test_rank_0s_weights_are_cut_and_sharded(pool: WorkerPool, architecture: str, how: str) -> None:
-    for seen in pool.run(4, compare_sharded, architecture, how):
+    for rank, seen in enumerate(pool.run(4, compare_sharded, architecture, how)):
         assert_the_same(seen)
+        assert rank == 0 or seen.peak < 1
 
 
 # -- models of one's own ---------------------------------------------------------------------------------------------
@@ -258,11 +259,20 @@ def test_several_ranks_must_have_joined() -> None:
 # -- pipeline stages -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
-    "architecture", ["gemma2", "olmo2", "starcoder2", pytest.param("cohere", marks=pytest.mark.long)]
+    "architecture",
+    [
+        "gemma2",
+        "olmo2",
+        pytest.param("cohere", marks=pytest.mark.long),
+        pytest.param("starcoder2", marks=pytest.mark.long),
+    ],
 )
-def test_a_model_is_split_into_stages_by_its_own_plan(pool: WorkerPool, architecture: str) -> None:
-    for seen in pool.run(2, compare_stages, architecture):
+def test_a_model_is_split_into_stages_by_its_own_plan(
+    pool: WorkerPool, architecture: str, ranks: int
+) -> None:
+    for seen in pool.run(ranks, compare_stages, architecture):
         assert_the_same(seen, share=0.75)
 
 

@@ -10,7 +10,7 @@ from mpsdk_torch import delay_param_initialization, from_config
 from mpsdk_torch.delayed_param import DelayedParamIniter
 from mpsdk_torch.transformer import Transformer
 from tests.torch.pool import WorkerPool
-from tests.torch.spreading import CONFIGS, make_model, start_cut_and_sharded
+from tests.torch.spreading import CONFIGS, finetune, make_model, start_cut_and_sharded, start_sharded
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 61, "n_positions": 16}
 
@@ -91,6 +91,19 @@ def test_an_mpsdk_model_starts_as_a_run_does() -> None:
 
 def test_an_mpsdk_model_starts_as_a_run_does_when_it_is_cut_and_sharded(pool: WorkerPool) -> None:
     assert pool.run(4, start_cut_and_sharded, GPT2) == [[]] * 4
+
+
+def test_a_sharded_model_of_transformers_starts_as_one_that_is_not(pool: WorkerPool) -> None:
+    assert pool.run(2, start_sharded, "llama-tied") == [[]] * 2
+
+
+@pytest.mark.parametrize("how", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gptj", marks=pytest.mark.long)])
+def test_a_model_of_transformers_is_spread_from_rank_0(pool: WorkerPool, name: str, how: str) -> None:
+    for rank, seen in enumerate(pool.run(2, finetune, name, how)):
+        assert not seen.wrong
+        assert seen.distance <= 1e-5
+        assert rank == 0 or seen.peak < seen.elements
 
 
 def test_ones_own_method_gives_the_values() -> None:
