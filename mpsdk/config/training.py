@@ -131,8 +131,7 @@ class Training(Document):
 
     @rule("objective", "pair_column", "label_column", "mask_probability")
     def settings_fit_objective(self) -> Iterator[Problem]:
-        """`pair_column` only with "sequence-classification", `label_column` with either, `mask_probability` with
-        "masked-lm"."""
+        """`pair_column`, `label_column` and `mask_probability` only with an objective that reads them."""
         takers = {
             "pair_column": ("sequence-classification",),
             "label_column": ("sequence-classification", "token-classification"),
