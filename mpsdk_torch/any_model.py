@@ -17,7 +17,7 @@ from mpsdk_torch.layout import Config, agree, current, lay_out
 from mpsdk_torch.register import Twin, make_twin, mark_of, marked
 from mpsdk_torch.register import problems_of as problems_of_twin
 from mpsdk_torch.shares import WHOLE, Shares
-from mpsdk_torch.tensor_plan import Entry, TensorPlan, cut_module, entries, own_plan, problems_of
+from mpsdk_torch.tensor_plan import Entry, TensorPlan, collapsed, cut_module, entries, own_plan, problems_of
 
 
 def parallelize_model(
@@ -128,13 +128,17 @@ def _unknown_settings(outermost: Sequence[tuple[str, nn.Module, Twin | None]]) -
 
 
 def _nothing_to_cut(model: nn.Module) -> str:
-    blocks = find_blocks(model)
-    example = blocks[0][0] if blocks else "blocks.0"
+    maps = [
+        f"{name}.{child}" if child else name
+        for name, block in find_blocks(model)[:1]
+        for child, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    example = collapsed((maps or ["blocks.0.up"])[0])
     return (
         "brings no tensor-parallel plan, and none was given. Give one, such as "
-        f"plan={{'{'.'.join('*' if p.isdigit() else p for p in example.split('.'))}.up': 'colwise', ...}}; or make it under "
-        "tensor_parallelism(), with twins of its own modules by tp_register_with_module; or use sharded_data_parallel "
-        "instead, which takes any module (mpsdk_torch.shard_model)"
+        f"plan={{{example!r}: 'colwise', ...}}; or make it under tensor_parallelism(), with twins of its own modules by "
+        "tp_register_with_module; or use sharded_data_parallel instead, which takes any module (mpsdk_torch.shard_model)"
     )
 
 

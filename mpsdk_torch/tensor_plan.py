@@ -72,11 +72,11 @@ def entries(model: nn.Module, plan: TensorPlan, own: Mapping[str, str]) -> tuple
     problems = [
         Problem(
             f"plan[{pattern!r}]",
-            plan[pattern],
+            stated,
             "matches no module; use names of the model's modules, * for numbers",
         )
-        for pattern in plan
-        if not any(_matches(name, pattern) for name in (*modules, *parameters))
+        for pattern, stated in plan.items()
+        if not any(_matches(name, pattern) for name in (modules if stated else (*modules, *parameters)))
     ]
 
     def style_of(name: str) -> str | None:
@@ -99,7 +99,8 @@ def entries(model: nn.Module, plan: TensorPlan, own: Mapping[str, str]) -> tuple
     if absent := [pattern for pattern in own if pattern not in used]:
         logger.info("the model's own plan names modules that it does not have: %s", ", ".join(absent))
     for name, embedding in _tied_embeddings(model, found):
-        found.setdefault(name, Entry(name, embedding, "embedding_rowwise"))
+        if not any(_matches(name, pattern) for pattern in plan):
+            found.setdefault(name, Entry(name, embedding, "embedding_rowwise"))
     return list(found.values()), problems
 
 
@@ -132,6 +133,7 @@ def problems_of(model: nn.Module, found: list[Entry], size: int) -> Iterator[Pro
                 said.add((name, remedy))
                 yield Problem(name, entry.style, remedy)
     yield from _torn_ties(model, found)
+    yield from _unsaid(model, found)
 
 
 def _wrong_with(entry: Entry, name: str, parent: nn.Module, size: int) -> Iterator[str]:
@@ -189,6 +191,37 @@ def _torn_ties(model: nn.Module, found: list[Entry]) -> Iterator[Problem]:
             neither = ", ".join(f"{name!r}: None" for name in names)
             remedy = f"they share their weight, so cut both alike or neither: plan={{{neither}}}"
             yield Problem(" and ".join(names), [cuts.get(name) for name in names], remedy)
+
+
+def _unsaid(model: nn.Module, found: list[Entry]) -> Iterator[Problem]:
+    """Parameters beside a map whose features stay apart: on a rank's own features, their gradients are in parts too."""
+    planned = {entry.name for entry in found}
+    said: set[str] = set()
+    for entry in found:
+        parent = entry.name.rpartition(".")[0]
+        if entry.style not in ("colwise", "packed_colwise") or not parent:
+            continue
+        for leaf, _ in model.get_submodule(parent).named_parameters(prefix=parent):
+            owner = leaf.rpartition(".")[0]
+            if collapsed(owner) in said or any(
+                owner == name or owner.startswith(f"{name}.") for name in planned
+            ):
+                continue
+            said.add(collapsed(owner))
+            if owner == parent:
+                got, remedy = (
+                    leaf.rpartition(".")[2],
+                    "leave all of its modules whole, or register a twin for it",
+                )
+            else:
+                got = type(model.get_submodule(owner)).__name__
+                remedy = (
+                    "say in a plan what it works on: 'replicate' for whole features, 'replicated_with_grad_allreduce' for each "
+                    "rank's own"
+                )
+            beside = entry.name.rpartition(".")[2]
+            remedy = f"has parameters beside {beside}, whose features are cut, and the plan leaves it out; {remedy}"
+            yield Problem(collapsed(owner), got, remedy)
 
 
 def cut_module(model: nn.Module, entry: Entry, group: TensorGroup, shares: Shares) -> None:

@@ -20,6 +20,7 @@ USUAL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 4, 
          "num_hidden_layers": 4, "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 1}  # fmt: skip
 ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "arcee": USUAL,
     "cohere": USUAL,  # parallel residual, tied, logits scaled
     "cohere2": USUAL | {"sliding_window": 4, "head_dim": 4},
     "exaone4": USUAL | {"sliding_window": 4},  # norms of heads
@@ -27,14 +28,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma2": USUAL | {"head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4},  # scaled embedding, tied
     "gemma3_text": USUAL | {"head_dim": 4, "sliding_window": 4, "query_pre_attn_scalar": 4},
     "glm": USUAL | {"head_dim": 4},  # gate and up in one matrix
+    "glm4": USUAL | {"head_dim": 4},
     "granite": USUAL | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "helium": USUAL | {"head_dim": 4},
+    "ministral": USUAL | {"head_dim": 4},
+    "nemotron": USUAL,
     "olmo2": USUAL,  # norms over all heads together
     "phi": USUAL,  # a bias on the output projection
     "phi3": USUAL,  # query, key and value in one matrix
+    "seed_oss": USUAL | {"head_dim": 4},
     "smollm3": USUAL,
     "starcoder2": USUAL | {"use_bias": True},
 }  # fmt: skip
-MIXTURE = {"mixtral": USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2}}
+OTHERS: dict[str, dict[str, Any]] = {
+    "apertus": USUAL,  # an activation with parameters, which its plan leaves out
+    "mixtral": USUAL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 class Compared(NamedTuple):
@@ -54,7 +63,7 @@ def make_model(architecture: str, **settings: Any) -> Any:
 
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(
-        architecture, **(ARCHITECTURES | MIXTURE)[architecture], **settings
+        architecture, **(ARCHITECTURES | OTHERS)[architecture], **settings
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     randomise(model)
@@ -99,7 +108,11 @@ def wrong_gradients(
 
 
 def compare(
-    place: Place, architecture: str, settings: dict[str, Any], plan: dict[str, str | None] | None = None
+    place: Place,
+    architecture: str,
+    settings: dict[str, Any],
+    plan: dict[str, str | None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Compared:
     """A loss and its gradients with tensor parallelism over all ranks; gradients of two passes add up."""
     from mpsdk_torch import parallelize_model
@@ -107,7 +120,7 @@ def compare(
 
     join(place)
     try:
-        reference, model = make_model(architecture, **settings), make_model(architecture, **settings)
+        reference, model = (make_model(architecture, **settings).to(dtype) for _ in range(2))
         assert parallelize_model(model, {"tensor_parallel": place.world_size}, plan=plan) is model
         ids = make_ids()
         for _ in range(2):

@@ -71,6 +71,16 @@ def test_a_mixture_of_experts_is_refused_and_cut_around_its_experts(pool: Worker
         assert_the_same(seen, share=0.95)
 
 
+def test_parameters_that_a_plan_leaves_out_beside_what_it_cuts_are_asked_for(pool: WorkerPool) -> None:
+    found = problems(make_model("apertus"), 2)
+    assert list(found) == ["model.layers.*.mlp.act_fn"]
+    assert "has parameters beside up_proj, whose features are cut, and the plan leaves it out" in str(found)
+    plan = {"model.layers.*.mlp.act_fn": "replicated_with_grad_allreduce"}
+    # In float64: the gradient of a scalar is a sum over all features, in which most of them cancel.
+    for seen in pool.run(2, compare, "apertus", {}, plan, torch.float64):
+        assert_the_same(seen)
+
+
 @pytest.mark.parametrize("how", ["fsdp1", "fsdp2"])
 @pytest.mark.parametrize("architecture", ["gemma2", pytest.param("exaone4", marks=pytest.mark.long)])
 def test_rank_0s_weights_are_cut_and_sharded(pool: WorkerPool, architecture: str, how: str) -> None:
@@ -237,6 +247,13 @@ def test_a_plan_is_checked_against_the_model() -> None:
     assert "mpsdk has no such style" in found["side"]
     assert "cut both alike or neither" in found["tokens and output"]
     assert "stem.0" not in found
+
+
+def test_what_ones_own_plan_leaves_whole_stays_whole() -> None:
+    plan = {"model.embed_tokens": None, "model.layers.*.mlp.up_proj.weight": "colwise"}
+    found = problems(make_model("cohere"), 2, plan)
+    assert "cut both alike or neither" in found["model.embed_tokens and lm_head"]
+    assert "matches no module" in found["plan['model.layers.*.mlp.up_proj.weight']"]
 
 
 def test_a_model_without_a_plan_is_told_its_ways() -> None:
