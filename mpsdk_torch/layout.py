@@ -36,7 +36,7 @@ class Layout:
     mesh: DeviceMesh | None
 
 
-_current: list[Layout] = []
+_current: list[tuple[Layout, object]] = []  # the last one, and the world that it was made in
 
 
 def lay_out(config: Config) -> Layout:
@@ -58,15 +58,18 @@ def lay_out(config: Config) -> Layout:
         handle = mesh["tp"].get_group() if topology.degrees.tp > 1 else None
         tensor = TensorGroup(handle, coordinates.tp, topology.degrees.tp)
         layout = Layout(distribution, topology, coordinates, tensor, mesh)
-    _current[:] = [layout]
+    _current[:] = [(layout, _world())]
     return layout
 
 
 def current() -> Layout | None:
     """The layout made last; None: none was, or its ranks have left."""
-    if not _current or (_current[0].mesh is not None and not dist.is_initialized()):
-        return None
-    return _current[0]
+    layout, world = _current[0] if _current else (None, None)
+    return layout if world is _world() else None
+
+
+def _world() -> object:
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def device() -> torch.device:

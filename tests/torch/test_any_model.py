@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from mpsdk.errors import BackendError, ConfigError
-from mpsdk_torch import parallelize_model, register, set_tensor_parallelism, tensor_parallelism, tp_register
+from mpsdk_torch import (
+    layout,
+    parallelize_model,
+    register,
+    set_tensor_parallelism,
+    tensor_parallelism,
+    tp_register,
+)
 from mpsdk_torch.any_model import _work, find_blocks, shard_model
 from mpsdk_torch.comm import TensorGroup
 from mpsdk_torch.stages import pipeline_stage
@@ -127,6 +134,25 @@ def test_what_units_cannot_share_is_listed() -> None:
         "scale",
         "mixers.0.up.weight and mixers.1.up.weight",
     ]
+
+
+def test_a_layout_ends_with_the_ranks_that_it_was_made_for() -> None:
+    layout.lay_out({})
+    assert layout.current() is not None
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert layout.current() is None
+        made = layout.lay_out({"tensor_parallel": 1})
+        assert layout.current() is made
+        assert made.mesh is not None and made.mesh.mesh_dim_names == ("dp", "sdp", "tp")
+        with pytest.raises(
+            ConfigError, match=r"tensor_parallel\.degree 2 x sharded_data_parallel\.degree 1 must divide it"
+        ):
+            layout.lay_out({"tensor_parallel": 2})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert layout.current() is None
 
 
 # -- twins -----------------------------------------------------------------------------------------------------------
