@@ -19,16 +19,18 @@ from mpsdk_torch.loss import class_cross_entropy_sum, cross_entropy_sum
 from mpsdk_torch.transformer import Transformer
 from tests.family_configs import LABELS, VOCABULARY
 
-# GPT-NeoX's output projection has one name in files and another in memory.
-IN_MEMORY = {"embed_out.weight": "lm_head.weight"}
 ROWS, LENGTH = 3, 9
 
 
 class Case:
-    """A model of transformers with random weights, in float64, and the same as mpsdk's Transformer."""
+    """A model of transformers with random weights, in float64, and the same as mpsdk's Transformer.
 
-    def __init__(self, config: dict[str, Any], head: str) -> None:
-        family = FAMILIES[config["model_type"]]
+    `noise`: how far weights, biases and norms stand from their first values. The more, the more rounding in float32 grows on
+    its way through the model.
+    """
+
+    def __init__(self, config: dict[str, Any], head: str, *, noise: float = 0.3) -> None:
+        family = self.family = FAMILIES[config["model_type"]]
         (table,) = (each for each in family.heads if each.form.objective == head)
         settings = {name: value for name, value in config.items() if name != "model_type"}
         made = transformers.AutoConfig.for_model(family.model_type, **settings, num_labels=LABELS)
@@ -36,7 +38,7 @@ class Case:
         self.theirs: Any = getattr(transformers, table.architecture)(made).double().eval()
         with torch.no_grad():
             for parameter in self.theirs.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+                parameter.add_(torch.randn_like(parameter) * noise)
         self.spec: TransformerSpec = family.spec(
             made.to_dict(), objective=table.form.objective, exhaustive=True
         )
@@ -56,7 +58,10 @@ class Case:
                             ours[part.name][here] = whole[there].T if tensor.transpose else whole[there]
 
     def name_of(self, name: str) -> str:
-        return name if name in self.theirs.state_dict() else IN_MEMORY[name]
+        """In memory, of a tensor in a file."""
+        for in_file, here in self.family.in_memory.items():
+            name = name.replace(in_file, here)
+        return name
 
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Ours and theirs, under their names."""
