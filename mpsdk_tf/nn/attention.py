@@ -112,9 +112,11 @@ def attend(
 
 
 def _within(scores: Tensor, reach: Tensor, groups: int) -> Tensor:
-    """`scores` of shape (batch, heads, groups * length, length) with what is out of reach put out of the question."""
-    barred = tf.where(reach, 0.0, scores.dtype.min)
-    return scores + tf.tile(barred, (1, 1, groups, 1))
+    """`scores` of shape (batch, heads, groups * length, length) with what is out of reach put out of the question.
+
+    Chosen, not added: oneDNN takes an addend of four dimensions into the product before it, which is then ten times as slow.
+    """
+    return tf.where(tf.tile(reach, (1, 1, groups, 1)), scores, scores.dtype.min)
 
 
 class Attention(keras.layers.Layer):
