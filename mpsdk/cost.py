@@ -35,15 +35,32 @@ def block_flops(model: ModelDescription, kind: str, sequence_length: int) -> flo
     return linear + attention
 
 
-def head_flops(model: ModelDescription) -> float:
-    """Forward FLOPs of one token in the output projection."""
-    return 2.0 * sum(t.elements for t in model.head if t.role == "vocab" or _may_multiply(t))
+def output_flops(model: ModelDescription) -> float:
+    """Forward FLOPs of one token in the output projection over the vocabulary."""
+    return 2.0 * sum(
+        t.elements for t in model.head if (t.role == "vocab" and len(t.shape) > 1) or _may_multiply(t)
+    )
+
+
+def dense_flops(model: ModelDescription, sequence_length: int) -> float:
+    """Forward FLOPs of one token in the layers of the head that tensor parallelism leaves whole: those before an output
+    projection, and a classifier's, of which one of sequences reads one token of each."""
+    if model.spec is None:
+        return 0.0
+    elements = sum(t.elements for t in model.head if t.role == "replicated" and len(t.shape) > 1)
+    tokens = sequence_length if model.spec.head.objective == "sequence-classification" else 1
+    return 2.0 * elements / tokens
+
+
+def head_flops(model: ModelDescription, sequence_length: int) -> float:
+    """Forward FLOPs of one token in the head."""
+    return output_flops(model) + dense_flops(model, sequence_length)
 
 
 def forward_flops(model: ModelDescription, sequence_length: int) -> float:
     """Forward FLOPs of one token in the whole model."""
     of_kind = {kind: block_flops(model, kind, sequence_length) for kind in model.kinds}
-    return sum(of_kind[kind] for kind in model.blocks) + head_flops(model)
+    return sum(of_kind[kind] for kind in model.blocks) + head_flops(model, sequence_length)
 
 
 def partition_costs(model: ModelDescription, sequence_length: int) -> tuple[list[Cost], Cost, Cost]:
@@ -64,5 +81,5 @@ def partition_costs(model: ModelDescription, sequence_length: int) -> tuple[list
     return (
         blocks,
         Cost(compute=0.0, memory=state(model.embedding)),
-        Cost(compute=head_flops(model), memory=state(model.head)),
+        Cost(compute=head_flops(model, sequence_length), memory=state(model.head)),
     )

@@ -28,6 +28,11 @@ def in_turn(firsts: Iterable[str | tuple[str, ...]], seconds: Sequence[str], *, 
     return parameters
 
 
+def named(cases: Iterable[str]) -> list[Any]:
+    """Parameters for cases that have names."""
+    return [pytest.param(case, id=case) for case in cases]
+
+
 def one_in(count: int, parameters: list[Any]) -> list[Any]:
     """Of the parameters that run by default one in `count`, in a pattern that takes all of what they alternate between; the
     rest is `long`.

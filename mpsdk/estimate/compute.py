@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpsdk.cost import block_flops, head_flops, matrix_elements
+from mpsdk.cost import block_flops, dense_flops, head_flops, matrix_elements, output_flops
 from mpsdk.estimate.account import Account
 from mpsdk.plan import Plan
 from mpsdk.schedule import Costs, Timeline, simulate
@@ -59,8 +59,10 @@ def stage_compute(account: Account, stage: int) -> StageCompute:
     again = [part * share for part in _again(account, linear, attention, blocks=len(kinds))]
     asked = linear + attention
     if account.is_last(stage):
-        asked += head_flops(model)
-        linear += head_flops(model) * plan.padded_vocab_size / (model.vocab_size or 1)
+        asked += head_flops(model, length)
+        linear += output_flops(model) * plan.padded_vocab_size / (model.vocab_size or 1)
+        repeated = 1 if plan.distribution.tensor_parallel.sequence_parallel else plan.degrees.tp
+        linear += dense_flops(model, length) * repeated
     return StageCompute(stage, 3 * asked * share, linear * share, attention * share, *again)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsdk.backend import Place
 from mpsdk.plan import Plan
 from tests.cases import Outcome
 
@@ -90,3 +91,17 @@ def translations(family: str) -> list[str]:
     """The names of a family's functions in `nn.huggingface`."""
     module = importlib.import_module(f"mpsdk_tf.nn.huggingface.{family.replace('_', '')}")
     return sorted(key for key in vars(module) if key.startswith("translate"))
+
+
+def pass_on(plan: Plan, source: str | None, unfinished: str) -> list[Any]:
+    """`tests.passed_on.pass_on` of every rank."""
+    from tests.tf import ranks
+
+    return ranks.run(plan.world_size, _pass_on, plan, source, unfinished)
+
+
+def _pass_on(place: Place, plan: Plan, source: str | None, unfinished: str) -> Any:
+    from mpsdk_tf.backend import TensorFlowBackend
+    from tests.passed_on import pass_on
+
+    return pass_on(TensorFlowBackend(threads=True), place, plan, source, unfinished)

@@ -33,6 +33,7 @@ from tests.estimated import (
 )
 from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
+from tests.turns import named, one_in
 
 SCALARS = 256  # bytes: losses, counts, loss scales
 
@@ -202,7 +203,7 @@ STEPS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("case", one_in(2, named(STEPS)))
 def test_bytes_between_steps_and_at_the_peak_of_one(pool: WorkerPool, case: str) -> None:
     family, world_size, distribution, training = STEPS[case]
     plan = make_plan(family, world_size, distribution, sequence_length=32, **training)

@@ -21,6 +21,7 @@ from tests.cases import global_batch, rows_of
 from tests.estimated import MESSAGES, SDP2, ZB_V, Sent, expected_messages
 from tests.torch.cases import make_plan
 from tests.torch.pool import WorkerPool
+from tests.turns import named, one_in
 
 # What torch.distributed's calls become, and which of their tensors is the payload: the last is what goes in.
 COLLECTIVES = {
@@ -88,7 +89,7 @@ def record(place: Place, plan: Plan) -> tuple[Sent, Sent, int]:
         backend.close()
 
 
-@pytest.mark.parametrize("case", MESSAGES)
+@pytest.mark.parametrize("case", one_in(2, named(MESSAGES)))
 def test_messages_and_matrix_products_of_a_step(pool: WorkerPool, case: str) -> None:
     family, world_size, distribution, training = MESSAGES[case]
     plan = make_plan(family, world_size, distribution, **training)

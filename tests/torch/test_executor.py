@@ -121,10 +121,10 @@ def counting(
     layer: Callable[..., Tensor], block: int, forwards: Counter[Any], backwards: Counter[Any]
 ) -> Callable[..., Tensor]:
     @wraps(layer)
-    def run(hidden: Tensor, moment: Any) -> Tensor:
+    def run(hidden: Tensor, moment: Any, reach: Tensor | None) -> Tensor:
         key = (block, moment.microbatch)
         forwards[key] += 1
-        output = layer(hidden, moment)
+        output = layer(hidden, moment, reach)
         if output.requires_grad:
             output.register_hook(lambda gradient: backwards.update([key]))
         return output
