@@ -22,6 +22,7 @@ the cluster up and watches over it. TensorFlow has no public way to do either fo
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -296,6 +297,29 @@ def deadline(seconds: float, rank: int, activity: str) -> Iterator[None]:
         timer.cancel()
 
 
+def await_peers(ranks: Sequence[int], seconds: float) -> list[int]:
+    """Wait until every one of `ranks` has answered once, for up to `seconds`; gives those that have not."""
+    end = time.monotonic() + seconds
+    missing = list(ranks)
+    while missing := [rank for rank in missing if _answer(rank) is not None]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return missing
+
+
+def _answer(rank: int) -> str | None:
+    """None when rank `rank` answers, else what stands in the way."""
+    ours: Any = context.context()
+    try:
+        ours.check_collective_ops_peer_health(
+            f"/job:worker/replica:0/task:{rank}", timeout_in_ms=int(5000 * _HEALTH_SECONDS)
+        )
+    except tf.errors.OpError as error:
+        return str(error.message)
+    return None
+
+
 def watch_peers(ranks: Sequence[int]) -> Callable[[], None]:
     """Look at `ranks` all the time; when one does not answer, abort this process's collectives with an error naming it.
 
@@ -307,16 +331,13 @@ def watch_peers(ranks: Sequence[int]) -> Callable[[], None]:
         ours: Any = context.context()
         while not done.wait(_HEALTH_SECONDS):
             for rank in ranks:
-                try:
-                    ours.check_collective_ops_peer_health(
-                        f"/job:worker/replica:0/task:{rank}", timeout_in_ms=int(5000 * _HEALTH_SECONDS)
-                    )
-                except tf.errors.OpError as error:
-                    if done.is_set():
-                        return
-                    message = f"rank {rank} is gone: it does not answer ({error.message})"
+                silence = _answer(rank)
+                if silence is None:
+                    continue
+                if not done.is_set():
+                    message = f"rank {rank} is gone: it does not answer ({silence})"
                     ours.abort_collective_ops(_UNAVAILABLE, message)
-                    return
+                return
 
     threading.Thread(target=watch, name="mpsdk-watchdog", daemon=True).start()
     return done.set

@@ -22,7 +22,7 @@ from mpsdk.errors import BackendError
 from mpsdk.launch.control import Control
 from mpsdk.plan import Plan
 from mpsdk.topology import Coordinates
-from mpsdk_tf.comm import Group, GroupMaker, StageLinks, TensorGroup, start_server, watch_peers
+from mpsdk_tf.comm import Group, GroupMaker, StageLinks, TensorGroup, await_peers, start_server, watch_peers
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def join(place: Place, *, threads: bool) -> Membership:
     Args:
         threads: the ranks are threads of one process, each with a logical CPU device of its own.
 
-    Raises BackendError when there are GPUs, and not one for each process, when this process was another rank before, or when
-    another way of spreading models is in force.
+    Raises BackendError when there are GPUs, and not one for each process, when this process was another rank before, when
+    another rank does not come within `place.timeout` seconds, or when another way of spreading models is in force.
     """
     _refuse_other_ways()
     if threads:
@@ -85,15 +85,23 @@ def join(place: Place, *, threads: bool) -> Membership:
         return Membership(f"/device:{kind}:0")
     place.note(f"joining {place.world_size} ranks")
     here = (place.rank, place.world_size)
+    others = [rank for rank in range(place.world_size) if rank != place.rank]
     if not _joined:
-        start_server(_addresses(place), place.rank, gpu=bool(gpus))
+        addresses = _addresses(place)
+        start_server(addresses, place.rank, gpu=bool(gpus))
         _joined.append(here)
+        missing = await_peers(others, place.timeout)
+        if missing:
+            raise BackendError(
+                f"rank {place.rank} has waited {place.timeout:g} s and these do not answer: "
+                + ", ".join(f"rank {rank} at {addresses[rank]}" for rank in missing)
+                + "; is every rank started, and does TF_CONFIG say the same addresses everywhere?"
+            )
     elif _joined != [here]:
         raise BackendError(
             f"this process was rank {_joined[0][0]} of {_joined[0][1]} before and can't become rank {place.rank} of "
             f"{place.world_size}: TensorFlow starts its server once; use a new process"
         )
-    others = [rank for rank in range(place.world_size) if rank != place.rank]
     device = f"/job:worker/replica:0/task:{place.rank}/device:{kind}:0"
     return Membership(device, watch_peers(others))
 

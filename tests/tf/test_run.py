@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -168,34 +169,63 @@ run = estimator(Path(sys.argv[1]), PP2_TP2).fit(train=TEXT, validation=0.05)
 """
 
 
+def start_by_hand(script: Path, rank: int, addresses: list[str], seconds: float) -> subprocess.Popen[bytes]:
+    cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+    world_size = str(len(addresses))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(cluster), "RANK": str(rank), "WORLD_SIZE": world_size,
+        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": world_size, "MPSDK_GENERATION": "by-hand",
+        "MPSDK_TIMEOUT": str(seconds),
+    }  # fmt: skip
+    command = [sys.executable, str(script), str(script.with_name("run"))]
+    with script.with_name(f"errors-{rank}").open("wb") as errors:
+        return subprocess.Popen(command, env=environment, stderr=errors)
+
+
 def test_the_same_script_runs_unchanged_where_tf_config_says_who_is_who(
     finished: Run, tmp_path: Path
 ) -> None:
+    """The last rank comes later than one that is there already may take to answer."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    addresses = [f"127.0.0.1:{port}" for port in _free_ports(4)]
-    workers = []
-    for rank in range(4):
-        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(cluster), "RANK": str(rank), "WORLD_SIZE": "4",
-            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4", "MPSDK_GENERATION": "by-hand",
-        }  # fmt: skip
-        command = [sys.executable, str(script), str(tmp_path / "run")]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    addresses = _free_addresses(4)
+    workers = [start_by_hand(script, rank, addresses, 240) for rank in range(3)]
     try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=240)
-            assert worker.returncode == 0, errors[-4000:]
+        time.sleep(15)
+        workers.append(start_by_hand(script, 3, addresses, 240))
+        codes = [worker.wait(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
+    errors = "\n".join(f"rank {rank}: {_end(tmp_path / f'errors-{rank}')}" for rank in range(4))
+    assert codes == [0, 0, 0, 0], errors
     assert losses(Run.load(tmp_path / "run")) == losses(finished)
 
 
-def _free_ports(count: int) -> list[int]:
+def test_a_rank_of_tf_config_that_never_comes_is_named_with_its_address(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("PP2_TP2", "TP2"), encoding="utf-8")
+    addresses = _free_addresses(2)
+    worker = start_by_hand(script, 0, addresses, 3)
+    try:
+        assert worker.wait(timeout=120) == 1
+    finally:
+        worker.kill()
+    errors = (tmp_path / "errors-0").read_text(encoding="utf-8")
+    assert f"rank 0 has waited 3 s and these do not answer: rank 1 at {addresses[1]}" in errors
+
+
+def _end(file: Path) -> str:
+    return file.read_text(encoding="utf-8")[-4000:]
+
+
+def _free_addresses(count: int) -> list[str]:
+    """Ports below those that systems give to connections, which any process beside could be given meanwhile."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        addresses: list[str] = []
+        while len(addresses) < count:
+            here = ("127.0.0.1", random.randrange(20_000, 32_000))
+            with contextlib.suppress(OSError):
+                stack.enter_context(contextlib.closing(socket.socket())).bind(here)
+                addresses.append(f"{here[0]}:{here[1]}")
+        return addresses
