@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mpsdk.families.spec import TransformerSpec
 
-Role = Literal["vocab", "column", "row", "replicated"]
+Role = Literal["vocab", "column", "row", "part", "replicated"]
 Part = Literal["embedding", "block", "head"]
 BLOCK_PREFIX = "blocks.{block}."
 
@@ -31,9 +31,9 @@ class Initial(BaseModel):
 class TensorDescription(BaseModel):
     """One canonical tensor: its name, global shape, and how tensor parallelism cuts it.
 
-    `role`: `vocab` and `column` cut dimension 0 (a column-parallel weight is (out, in)), `row` cuts dimension 1,
-    `replicated` is whole on every tensor-parallel rank. A cut falls between `units` equal parts (attention heads, say),
-    named `unit` in messages. `vocab` is padded instead.
+    `role`: `vocab` and `column` cut dimension 0 (a column-parallel weight is (out, in)), `row` cuts dimension 1, `part` cuts
+    the `dimension` that a layer's parallel twin says, `replicated` is whole on every tensor-parallel rank. A cut falls
+    between `units` equal parts (attention heads, say), named `unit` in messages. `vocab` is padded instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +43,7 @@ class TensorDescription(BaseModel):
     role: Role
     part: Part
     block: int | None = None
+    dimension: int | None = None
     units: int | None = None
     unit: str | None = None
     decay: bool = True  # weight decay applies (not to biases and norms)
@@ -54,7 +55,7 @@ class TensorDescription(BaseModel):
     @property
     def cut_dimension(self) -> int | None:
         """The dimension that tensor parallelism cuts, None when replicated."""
-        return {"vocab": 0, "column": 0, "row": 1, "replicated": None}[self.role]
+        return {"vocab": 0, "column": 0, "row": 1, "part": self.dimension, "replicated": None}[self.role]
 
     def sums_gradient(self, *, sequence_parallel: bool) -> bool:
         """Whether a tensor-parallel rank finds a part of its gradient only: it is used for a part of the heads, or, under

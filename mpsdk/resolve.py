@@ -61,10 +61,18 @@ def resolve(
         stages=_stages(distribution, description, training),
         schedule_hash=schedule.hash,
         padded_vocab_size=_padded_vocabulary(description, degrees.tp),
-        distribution=distribution,
+        distribution=_as_done(distribution, description),
         training=training,
         description=_with_dropout(description, training.dropout),
     )
+
+
+def _as_done(distribution: Distribution, description: ModelDescription) -> Distribution:
+    """A model that makes its own layers has the whole sequence on every rank."""
+    if description.factory is None or not distribution.tensor_parallel.sequence_parallel:
+        return distribution
+    section = distribution.tensor_parallel.model_copy(update={"sequence_parallel": False})
+    return distribution.model_copy(update={"tensor_parallel": section})
 
 
 def _padded_vocabulary(description: ModelDescription, tp: int) -> int:
@@ -120,20 +128,19 @@ def _model_problems(
     """What doesn't fit between the degrees and the model's own sizes."""
     tp = distribution.tensor_parallel
     units = {
-        tensor.unit: tensor.units
-        for tensors in description.kinds.values()
+        tensor.unit: (tensor.units, tensor.role)
+        for tensors in (description.embedding, *description.kinds.values(), description.head)
         for tensor in tensors
         if tensor.unit is not None and tensor.units is not None
     }
-    for unit, count in units.items():
+    for unit, (count, role) in units.items():
         if count % tp.degree:
-            yield Problem(
-                "tensor_parallel.degree",
-                tp.degree,
-                f"must divide the model's {unit} ({count}); {_listed(_divisors(count))} would do",
-            )
+            remedy = f"must divide the model's {unit} ({count}); {_listed(_divisors(count))} would do"
+            if role == "part":
+                remedy += ", or leave the layer whole: set_tensor_parallelism(layer, False)"
+            yield Problem("tensor_parallel.degree", tp.degree, remedy)
     length = training.sequence_length
-    if tp.sequence_parallel and length % tp.degree:
+    if tp.sequence_parallel and description.factory is None and length % tp.degree:
         yield Problem(
             "training.sequence_length",
             length,

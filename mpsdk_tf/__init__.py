@@ -11,14 +11,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpsdk_tf.backend import TensorFlowBackend
     from mpsdk_tf.pretrained import from_checkpoint, from_config, from_pretrained
+    from mpsdk_tf.register import (
+        set_tensor_parallelism,
+        tensor_parallelism,
+        tp_register,
+        tp_register_with_module,
+    )
+    from mpsdk_tf.twins import tensor_group
 
 _HOMES = {
     "TensorFlowBackend": "mpsdk_tf.backend",
     "from_checkpoint": "mpsdk_tf.pretrained",
     "from_config": "mpsdk_tf.pretrained",
     "from_pretrained": "mpsdk_tf.pretrained",
+    "set_tensor_parallelism": "mpsdk_tf.register",
+    "tensor_group": "mpsdk_tf.twins",
+    "tensor_parallelism": "mpsdk_tf.register",
+    "tp_register": "mpsdk_tf.register",
+    "tp_register_with_module": "mpsdk_tf.register",
 }
-__all__ = ["TensorFlowBackend", "from_checkpoint", "from_config", "from_pretrained"]
+__all__ = [
+    "TensorFlowBackend",
+    "from_checkpoint",
+    "from_config",
+    "from_pretrained",
+    "set_tensor_parallelism",
+    "tensor_group",
+    "tensor_parallelism",
+    "tp_register",
+    "tp_register_with_module",
+]
 
 
 def __getattr__(name: str) -> Any:

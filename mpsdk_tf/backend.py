@@ -64,7 +64,7 @@ class TensorFlowBackend:
                 verify_compiler(groups.device)
             made = None
             if plan.description.factory is not None:
-                made = make_for(plan, groups.device.replace("GPU", "CPU"))
+                made = make_for(plan, groups.device.replace("GPU", "CPU"), groups.tensor)
             feed = Feed()
             held = held_parameters(
                 plan, plan.stages_of(place.rank), tp=groups.coordinates.tp, sdp=groups.coordinates.sdp

@@ -230,6 +230,42 @@ def leave_parallel(partial: Tensor, group: TensorGroup) -> Tensor:
     return _with_gradient(partial, lambda whole: all_reduce(whole, handle), tf.identity)
 
 
+def gather_features(part: Tensor, group: TensorGroup, axis: int = -1) -> Tensor:
+    """Each rank's part along `axis`, joined. All ranks go on with the same, so each has the whole gradient already."""
+    handle = group.handle
+    if handle is None:
+        return part
+    return _with_gradient(
+        part,
+        lambda own: _joined_along(own, handle, axis),
+        lambda gradient: _own_along(gradient, handle, axis),
+    )
+
+
+def split_features(whole: Tensor, group: TensorGroup, axis: int = -1) -> Tensor:
+    """This rank's part of `whole` along `axis`; its gradient is joined from all ranks' parts."""
+    handle = group.handle
+    if handle is None:
+        return whole
+    return _with_gradient(
+        whole,
+        lambda tensor: _own_along(tensor, handle, axis),
+        lambda gradient: _joined_along(gradient, handle, axis),
+    )
+
+
+def _joined_along(part: Tensor, group: Group, axis: int) -> Tensor:
+    first = axis % part.shape.rank
+    turned = (first, *(other for other in range(part.shape.rank) if other != first))
+    gathered = all_gather(tf.transpose(part, turned), group)
+    back = [turned.index(axis) for axis in range(part.shape.rank)]
+    return tf.transpose(gathered, back)
+
+
+def _own_along(whole: Tensor, group: Group, axis: int) -> Tensor:
+    return tf.split(whole, group.size, axis)[group.rank]
+
+
 class StageLinks:
     """Point-to-point calls between the pipeline ranks of one line.
 

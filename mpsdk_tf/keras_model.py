@@ -19,8 +19,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
@@ -35,8 +36,10 @@ from mpsdk.description import Initial, ModelDescription, Part, TensorDescription
 from mpsdk.errors import BackendError, ConfigError, Problem
 from mpsdk.factory import Factory
 from mpsdk.plan import Plan
+from mpsdk_tf.comm import TensorGroup
 from mpsdk_tf.keras_limits import problems_of
-from mpsdk_tf.keras_segments import Ran, Segment, can_be_cut, run_through, segments_of
+from mpsdk_tf.keras_segments import Ran, Segment, can_be_cut, last_of, run_through, segments_of
+from mpsdk_tf.keras_twins import Cut, cuts_of, put_in_place
 
 _MATRIX = 2
 _NOT_DECAYED = ("bias", "beta", "gamma", "scale")  # Keras' names for the weights of biases and norms
@@ -49,12 +52,17 @@ _making = threading.Lock()  # a seed is the process's, and ranks may be threads
 class KerasModel:
     """A model, the factory that made it, and the last dimension of its logits. See this module.
 
-    Its weights are there until `let_go`; computing with segments does without.
+    Its weights are there until `let_go`; computing with segments does without. `cuts`: by a weight's identity, how tensor
+    parallelism cuts it.
     """
 
     model: keras.Model
     factory: Factory
     vocab_size: int
+    cuts: Mapping[int, Cut]
+
+    stand_ins: dict[int, keras.Variable] = field(default_factory=dict[int, keras.Variable])
+    """By the identity of a variable, that of the layer's parallel twin which is computed with."""
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -119,10 +127,14 @@ class KerasModel:
         for weight in self.segments[number].weights:
             name = self.names[id(weight)]
             again = name in self.tied and number > 0
+            cut = self.cuts.get(id(weight))
             tensor = TensorDescription(
                 name=self.tied[name] if again else name,
                 shape=shape_of(weight),
-                role="replicated",
+                role="replicated" if cut is None else "part",
+                dimension=None if cut is None else cut.dimension,
+                units=None if cut is None else weight.shape[cut.dimension],
+                unit=None if cut is None else f"size of dimension {cut.dimension} of {name}",
                 part=part,
                 block=block if part == "block" else None,
                 decay=len(weight.shape) >= _MATRIX and weight.path.rpartition("/")[2] not in _NOT_DECAYED,
@@ -159,7 +171,7 @@ class KerasModel:
 
     def let_go(self) -> None:
         """Free the weights: a rank keeps its own share elsewhere."""
-        for weight in self.model.weights:
+        for weight in (*self.model.weights, *self.stand_ins.values()):
             weight._value = None  # what Keras itself has for a variable that is not there yet
 
 
@@ -214,12 +226,21 @@ def make(factory: Factory, *, seed: int, precision: Precision, device: str) -> K
         raise ConfigError([Problem("model", factory.name, remedy)], where="the model") from error
     if problems := problems_of(model):
         raise ConfigError([Problem("model", factory.name, each) for each in problems], where="the model")
-    ran = _run_whole(cast("keras.Model", model), factory)
-    return KerasModel(cast("keras.Model", model), factory, vocab_size=int(ran.results[0].shape[-1] or 0))
+    made = cast("keras.Model", model)
+    ran = _run_whole(made, factory)
+    vocab_size = int(ran.results[0].shape[-1] or 0)
+    with _making:
+        cuts = cuts_of(made, last_of(made))
+    return KerasModel(made, factory, vocab_size, cuts)
 
 
-def make_for(plan: Plan, device: str) -> KerasModel:
-    """The model of `plan`. Raises BackendError when it is not the one that was planned."""
+def make_for(plan: Plan, device: str, group: TensorGroup) -> KerasModel:
+    """The model of `plan`, its layers in their parallel twins' hands where `group` is more than one rank.
+
+    Raises:
+        BackendError: it is not the model that was planned.
+        ConfigError: its layers don't fit together as they are cut.
+    """
     description = plan.description
     assert description.factory is not None
     factory = Factory(description.factory, "", plan.training.sequence_length)
@@ -230,11 +251,19 @@ def make_for(plan: Plan, device: str) -> KerasModel:
             f"{factory.name} makes another model here than the one that was planned: it has {len(now)} tensors, planned were "
             f"{len(planned)}, or they have other names or shapes. It must make the same model whenever it is called"
         )
+    if group.handle is not None:
+        assert made.segments  # found in the model as its user made it
+        with _making, tf.device(device):
+            made.stand_ins.update(put_in_place(made.model, last_of(made.model), group))
+        _run_whole(made.model, factory, vocab_size=made.vocab_size)
     return made
 
 
-def _run_whole(model: keras.Model, factory: Factory) -> Ran:
-    """What a symbolic call of a model shows, which computes nothing. Raises ConfigError for what can't be trained."""
+def _run_whole(model: keras.Model, factory: Factory, vocab_size: int = 1) -> Ran:
+    """What a symbolic call of a model shows, which computes nothing. Raises ConfigError for what can't be trained.
+
+    `vocab_size`: of the whole logits, of which a rank may have a part.
+    """
     length, weights = factory.sequence_length, {id(weight) for weight in model.weights}
     try:
         ran = run_through([lambda ids, training: model(ids, training=training)], model, 2, length)

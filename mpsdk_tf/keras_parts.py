@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from mpsdk.plan import Plan
+from mpsdk_tf.comm import TensorGroup
 from mpsdk_tf.compiled import compiles_pieces
 from mpsdk_tf.dropout import Site
 from mpsdk_tf.graph import Call, Piece
@@ -52,7 +53,7 @@ def keras_parts(
             piece,
             unit_of[names[0]],
             names,
-            _extras(made, number, feed, ends=ends),
+            _extras(made, number, feed, groups.coordinates.tp, ends=ends),
             stays=turns and (ends or number == blocks[-1] or tied_here),
             offloads=is_block and recompute.offload,
         )
@@ -66,32 +67,41 @@ def _names(made: KerasModel, number: int, *, copies: bool) -> tuple[str, ...]:
     return tuple(made.tied.get(name, name) for name in names) if copies else names
 
 
-def _extras(made: KerasModel, number: int, feed: Feed, *, ends: bool) -> Extras:
-    """The seeds of a segment's random layers, if it has any, then the labels, if it ends in the loss."""
-    seeds = made.segments[number].seeds
-    sites = [Site(number, f"seed {place}", 0) for place in range(len(seeds))]
+def _extras(made: KerasModel, number: int, feed: Feed, tp: int, *, ends: bool) -> Extras:
+    """The seeds of a segment's random layers, if it has any, then the labels, if it ends in the loss. Layers that are cut draw
+    others on each tensor-parallel rank."""
+    sites = [
+        Site(number, f"seed {place}", tp if id(seed) in made.stand_ins else 0)
+        for place, seed in enumerate(made.segments[number].seeds)
+    ]
     return feed.of(("labels",) if ends else (), sites)
 
 
 def _call(plan: Plan, made: KerasModel, number: int, groups: Groups, *, training: bool, ends: bool) -> Call:
     """A segment, with the loss after it if it ends the model, as a function of weights, input, seeds and labels."""
-    run, weights, seeds = made.segments[number]
+    run, whole, random = made.segments[number]
     trained = {id(weight) for weight in made.model.trainable_variables}
+    weights, seeds = (
+        [(each, made.stand_ins.get(id(each), each)) for each in variables] for variables in (whole, random)
+    )
     vocab_size = plan.description.vocab_size
     assert vocab_size is not None
 
     def call(parameters: list[Tensor], hidden: Tensor, extras: list[Tensor]) -> Tensor:
-        values = [
-            tf.reshape(value if id(weight) in trained else tf.stop_gradient(value), weight.shape)
-            for weight, value in zip(weights, parameters, strict=True)
+        mapping: list[tuple[Any, Tensor]] = [
+            (
+                stand_in,
+                tf.reshape(value if id(weight) in trained else tf.stop_gradient(value), stand_in.shape),
+            )
+            for (weight, stand_in), value in zip(weights, parameters, strict=True)
         ]
-        mapping: list[tuple[Any, Tensor]] = list(zip(weights, values, strict=True))
-        mapping += [(state, _state(extras[0][row])) for row, state in enumerate(seeds)]
+        mapping += [(state, _state(extras[0][row])) for row, (_, state) in enumerate(seeds)]
         with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
             result = run(hidden, training)
         if not ends:
             return result
-        return cross_entropy_sum(result, extras[-1], vocab_size=vocab_size, group=groups.tensor)
+        group = groups.tensor if result.shape[-1] < vocab_size else TensorGroup()
+        return cross_entropy_sum(result, extras[-1], vocab_size=vocab_size, group=group)
 
     return call
 

@@ -21,8 +21,7 @@ def _own_model_limits(distribution: Distribution, description: ModelDescription)
     """What can't be had of a user's own Keras model."""
     tensor, stages = distribution.tensor_parallel.degree, distribution.pipeline.degree
     if tensor > 1:
-        remedy = "a model of your own can't be cut inside of its layers; use sharded_data_parallel or pipeline instead"
-        yield Problem("tensor_parallel.degree", tensor, remedy)
+        yield from _tensor_parallel_limits(distribution, description)
     if stages > 1 and len(description.blocks) == 1:
         remedy = (
             f"{description.name} can't be cut into stages: only a Sequential or functional model can, at tensors that alone "
@@ -32,6 +31,22 @@ def _own_model_limits(distribution: Distribution, description: ModelDescription)
     if distribution.activation_checkpointing.mode == "selective":
         remedy = 'keeps results that only the layers of the model families name; set mode to "full" or "none"'
         yield Problem("activation_checkpointing.mode", "selective", remedy)
+
+
+def _tensor_parallel_limits(distribution: Distribution, description: ModelDescription) -> Iterator[Problem]:
+    section = distribution.tensor_parallel
+    if not any(tensor.role == "part" for tensor in description.tensors()):
+        remedy = (
+            f"no layer of {description.name} has a parallel twin and is to be cut; Dense, EinsumDense, Embedding, "
+            "ReversibleEmbedding and MultiHeadAttention have one, and mpsdk_tf.tp_register gives a layer of your own one"
+        )
+        yield Problem("tensor_parallel.degree", section.degree, remedy)
+    if "sequence_parallel" in section.model_fields_set and section.sequence_parallel:
+        remedy = "a model of your own has the whole sequence on every tensor-parallel rank; leave it out"
+        yield Problem("tensor_parallel.sequence_parallel", True, remedy)
+    if distribution.compile.enabled:
+        remedy = "XLA has no collectives, and the layers of a model of your own communicate; set it to false"
+        yield Problem("compile", distribution.compile.enabled, remedy)
 
 
 def _compile_limits(distribution: Distribution) -> Iterator[Problem]:

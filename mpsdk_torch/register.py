@@ -13,7 +13,6 @@ nn.Linear and nn.Embedding have twins already, for models without a plan of thei
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from mpsdk.errors import ConfigError, Problem
+from mpsdk.signatures import other_signature
 from mpsdk_torch.comm import TensorGroup
 from mpsdk_torch.nn.planned import cut_evenly
 
@@ -94,8 +94,8 @@ def tp_register_with_module(
 ) -> None:
     """`tp_register` for a class that is somebody else's. Modules made before are not cut: register first."""
     problems = [
-        *_other_signature("init_hook", init_hook, module_cls.__init__),
-        *_other_signature("forward_hook", forward_hook, module_cls.forward),
+        *other_signature("init_hook", init_hook, module_cls.__init__),
+        *other_signature("forward_hook", forward_hook, module_cls.forward),
     ]
     if module_cls in _twins:
         remedy = f"has a twin already, {_twins[module_cls].dist_module.__name__}; register a class once"
@@ -104,24 +104,6 @@ def tp_register_with_module(
         raise ConfigError(problems, where=f"the twin of {module_cls.__name__}")
     _twins[module_cls] = Twin(dist_module, init_hook, forward_hook, return_hook)
     _record_arguments(module_cls)
-
-
-def _other_signature(field: str, hook: Hook | None, method: Callable[..., Any]) -> Iterator[Problem]:
-    if hook is None:
-        return
-    signature = inspect.signature(method)
-    wanted = [
-        one.replace(annotation=inspect.Parameter.empty) for one in list(signature.parameters.values())[1:]
-    ]
-    found = list(inspect.signature(hook).parameters.values())
-    if {one.kind for one in found} == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        return
-    alike = [(one.name, one.kind, one.default) for one in found]
-    if alike != [(one.name, one.kind, one.default) for one in wanted]:
-        takes = inspect.Signature(wanted)
-        yield Problem(
-            field, str(inspect.signature(hook)), f"must take {takes}, as {method.__qualname__} does"
-        )
 
 
 def _record_arguments(module_cls: type[nn.Module]) -> None:
