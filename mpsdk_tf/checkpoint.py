@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import tensorflow as tf
 from numpy.typing import NDArray
 
 from mpsdk.backend import GOOD_STEPS, LOSS_SCALE, OPTIMIZER_STEP, WEIGHT, RankState, Shard, TensorSource
 from mpsdk_tf.optimizer import ShardedOptimizer
 from mpsdk_tf.parameters import Held
 from mpsdk_tf.tensor import Tensor
+
+_BYTES_AT_ONCE = 2 << 20
 
 
 def rank_state(optimizer: ShardedOptimizer, *, writes: bool) -> RankState:
@@ -66,12 +70,18 @@ def fill_optimizer(optimizer: ShardedOptimizer, source: TensorSource) -> None:
 
 
 def _fill(item: Held, into: Tensor, source: TensorSource, slot: str) -> None:
+    """Some rows at a time, then all at once: TensorFlow copies twice what it takes from numpy."""
     offset, shape = item.canonical_slice
-    values = np.zeros(tuple(into.shape), np.float32)
-    if 0 not in shape:
-        name = item.planned.tensor.tied_to or item.planned.name
-        values[: shape[0]] = source.read(name, slot, offset, shape)
-    into.assign(values)
+    name = item.planned.tensor.tied_to or item.planned.name
+    rows, rest = (0 if 0 in shape else shape[0]), tuple(into.shape[1:])
+    at_once = max(1, _BYTES_AT_ONCE // (4 * math.prod(rest)))
+    blocks: list[Tensor] = []
+    for start in range(0, rows, at_once):
+        size = (min(at_once, rows - start), *rest)
+        blocks.append(tf.constant(source.read(name, slot, (offset[0] + start, *offset[1:]), size)))
+    if rows < into.shape[0]:
+        blocks.append(tf.zeros((into.shape[0] - rows, *rest)))
+    into.assign(tf.concat(blocks, axis=0) if len(blocks) > 1 else blocks[0])
 
 
 def to_numpy(variable: Tensor) -> NDArray[np.float32]:

@@ -44,7 +44,7 @@ class Stored:
 
     def read(self, index: tuple[slice, ...]) -> NDArray[np.float32]:
         """A slice of it; float16 and bfloat16 become float32 without loss."""
-        return self.slicer[index].astype(np.float32)
+        return self.slicer[index].astype(np.float32, copy=False)
 
 
 def has_weights(directory: Path) -> bool:

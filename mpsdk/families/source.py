@@ -83,8 +83,11 @@ class HuggingFaceSource:
             raise CheckpointError(f"{self._directory} has no {slot} of {name!r}")
         tensor, part, stored = self._where[name]
         check_slice(part, offset, shape)
+        pieces = list(tensor.pieces(part, offset, shape))
+        if len(pieces) == 1:
+            return np.ascontiguousarray(tensor.turn(stored.read(pieces[0][0])))
         values = np.empty(shape, dtype=np.float32)
-        for there, here in tensor.pieces(part, offset, shape):
+        for there, here in pieces:
             values[here] = tensor.turn(stored.read(there))
         return values
 

@@ -8,9 +8,10 @@ from tests.torch.pool import WorkerPool
 from tests.xdist_groups import keep_together
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     keep_together(items, ("test_run", "test_profile", "test_compiled"))
+    return (yield)
 
 
 @pytest.fixture(scope="session")
