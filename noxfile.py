@@ -111,10 +111,12 @@ def long(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def families(session: nox.Session) -> None:
-    """Every family with every head in every layout of `tests/family_layouts.py`, in both frameworks."""
-    for name, tests in {"torch": "tests/torch/test_families.py", "tf": "tests/tf/test_families.py"}.items():
+    """Every family with every head in every layout of `tests/family_layouts.py`, in both frameworks; into docs/models.md."""
+    every = ("-p", "tests.family_results", "-m", "long or not long", *TWO, *session.posargs)
+    for name, tests in {"torch": "torch", "tf": "tf", "both": "parity"}.items():
         python = environment(session, name, "test")
-        session.run(python, "-m", "pytest", tests, "-m", "long or not long", *session.posargs, env=QUIET)
+        session.run(python, "-m", "pytest", f"tests/{tests}/test_families.py", *every, env=QUIET)
+    session.run(python, "docs/make_models_table.py")
 
 
 @nox.session(venv_backend="none", default=False)

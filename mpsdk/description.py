@@ -80,6 +80,9 @@ class ModelDescription(BaseModel):
     spec: TransformerSpec | None = None  # families only
     naming: Literal["canonical", "module"] = "canonical"
     factory: str | None = None  # "package.module:callable" that makes the model; None for families
+    uncut: tuple[
+        tuple[str, str, str], ...
+    ] = ()  # layers that tensor parallelism is to cut and can't: field, found, why
     max_positions: int | None = None
     vocab_size: int | None = None
     embedding: tuple[TensorDescription, ...]

@@ -72,6 +72,8 @@ def fill_optimizer(optimizer: ShardedOptimizer, source: TensorSource) -> None:
 def _fill(item: Held, into: Tensor, source: TensorSource, slot: str) -> None:
     """Some rows at a time, then all at once: TensorFlow copies twice what it takes from numpy."""
     offset, shape = item.canonical_slice
+    if into.shape[0] == 0:  # a rank may hold no row
+        return
     name = item.planned.tensor.tied_to or item.planned.name
     rows, rest = (0 if 0 in shape else shape[0]), tuple(into.shape[1:])
     at_once = max(1, _BYTES_AT_ONCE // (4 * math.prod(rest)))

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +38,7 @@ from mpsdk.plan import Plan
 from mpsdk_tf.comm import TensorGroup
 from mpsdk_tf.keras_limits import problems_of
 from mpsdk_tf.keras_segments import Ran, Segment, can_be_cut, last_of, run_through, segments_of
-from mpsdk_tf.keras_twins import Cut, cuts_of, put_in_place
+from mpsdk_tf.keras_twins import Cut, Refusal, cuts_of, draws_apart, put_in_place
 
 _MATRIX = 2
 _NOT_DECAYED = ("bias", "beta", "gamma", "scale")  # Keras' names for the weights of biases and norms
@@ -52,17 +51,25 @@ _making = threading.Lock()  # a seed is the process's, and ranks may be threads
 class KerasModel:
     """A model, the factory that made it, and the last dimension of its logits. See this module.
 
-    Its weights are there until `let_go`; computing with segments does without. `cuts`: by a weight's identity, how tensor
-    parallelism cuts it.
+    Its weights are there until `let_go`; computing with segments does without.
     """
 
     model: keras.Model
     factory: Factory
     vocab_size: int
-    cuts: Mapping[int, Cut]
 
     stand_ins: dict[int, keras.Variable] = field(default_factory=dict[int, keras.Variable])
     """By the identity of a variable, that of the layer's parallel twin which is computed with."""
+
+    @cached_property
+    def _cuts(self) -> tuple[dict[int, Cut], tuple[Refusal, ...]]:
+        with _making:
+            return cuts_of(self.model, last_of(self.model))
+
+    @cached_property
+    def draws_apart(self) -> set[int]:
+        """The states of random layers that draw others on each tensor-parallel rank, by identity."""
+        return draws_apart(self.model) if self.stand_ins else set()
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -112,6 +119,7 @@ class KerasModel:
             name=self.model.name,
             naming="module",
             factory=self.factory.name,
+            uncut=tuple((each.layer, each.got, each.reason) for each in self._cuts[1]),
             max_positions=length,
             vocab_size=self.vocab_size,
             embedding=parts["embedding"][0] if parts["embedding"] else (),
@@ -127,7 +135,7 @@ class KerasModel:
         for weight in self.segments[number].weights:
             name = self.names[id(weight)]
             again = name in self.tied and number > 0
-            cut = self.cuts.get(id(weight))
+            cut = self._cuts[0].get(id(weight))
             tensor = TensorDescription(
                 name=self.tied[name] if again else name,
                 shape=shape_of(weight),
@@ -171,7 +179,7 @@ class KerasModel:
 
     def let_go(self) -> None:
         """Free the weights: a rank keeps its own share elsewhere."""
-        for weight in (*self.model.weights, *self.stand_ins.values()):
+        for weight in self.model.weights:
             weight._value = None  # what Keras itself has for a variable that is not there yet
 
 
@@ -190,7 +198,8 @@ class FirstValues:
         self, name: str, slot: str, offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> NDArray[np.float32]:
         place = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        return self._weights[name].numpy().reshape(shape_of(self._weights[name]))[place]
+        weight = self._weights[name]
+        return tf.reshape(weight.value, shape_of(weight))[place].numpy()
 
     @cached_property
     def _weights(self) -> dict[str, keras.Variable]:
@@ -229,9 +238,7 @@ def make(factory: Factory, *, seed: int, precision: Precision, device: str) -> K
     made = cast("keras.Model", model)
     ran = _run_whole(made, factory)
     vocab_size = int(ran.results[0].shape[-1] or 0)
-    with _making:
-        cuts = cuts_of(made, last_of(made))
-    return KerasModel(made, factory, vocab_size, cuts)
+    return KerasModel(made, factory, vocab_size)
 
 
 def make_for(plan: Plan, device: str, group: TensorGroup) -> KerasModel:
@@ -253,17 +260,30 @@ def make_for(plan: Plan, device: str, group: TensorGroup) -> KerasModel:
         )
     if group.handle is not None:
         assert made.segments  # found in the model as its user made it
-        with _making, tf.device(device):
-            made.stand_ins.update(put_in_place(made.model, last_of(made.model), group))
-        _run_whole(made.model, factory, vocab_size=made.vocab_size)
+        with _making:
+            made.stand_ins.update(put_in_place(made.model, last_of(made.model), group, made._cuts[0]))
+        _refuse_replaced(_run_whole(made.model, factory), made)
     return made
 
 
-def _run_whole(model: keras.Model, factory: Factory, vocab_size: int = 1) -> Ran:
-    """What a symbolic call of a model shows, which computes nothing. Raises ConfigError for what can't be trained.
+def _refuse_replaced(ran: Ran, made: KerasModel) -> None:
+    """Raises ConfigError where a layer computes with the weight of another one, which is cut."""
+    read = {id(variable) for variable in ran.read}
+    names = [
+        made.names[id(weight)]
+        for weight in made.model.weights
+        if id(weight) in made.stand_ins and id(weight.value) in read
+    ]
+    if names:
+        remedy = (
+            "is read by another layer than the one that has it, which is cut; leave that one whole with "
+            "mpsdk_tf.set_tensor_parallelism(layer, False)"
+        )
+        raise ConfigError([Problem(name, "cut", remedy) for name in names], where="the model")
 
-    `vocab_size`: of the whole logits, of which a rank may have a part.
-    """
+
+def _run_whole(model: keras.Model, factory: Factory) -> Ran:
+    """What a symbolic call of a model shows, which computes nothing. Raises ConfigError for what can't be trained."""
     length, weights = factory.sequence_length, {id(weight) for weight in model.weights}
     try:
         ran = run_through([lambda ids, training: model(ids, training=training)], model, 2, length)

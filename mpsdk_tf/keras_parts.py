@@ -68,10 +68,9 @@ def _names(made: KerasModel, number: int, *, copies: bool) -> tuple[str, ...]:
 
 
 def _extras(made: KerasModel, number: int, feed: Feed, tp: int, *, ends: bool) -> Extras:
-    """The seeds of a segment's random layers, if it has any, then the labels, if it ends in the loss. Layers that are cut draw
-    others on each tensor-parallel rank."""
+    """The seeds of a segment's random layers, if it has any, then the labels, if it ends in the loss."""
     sites = [
-        Site(number, f"seed {place}", tp if id(seed) in made.stand_ins else 0)
+        Site(number, f"seed {place}", tp if id(seed) in made.draws_apart else 0)
         for place, seed in enumerate(made.segments[number].seeds)
     ]
     return feed.of(("labels",) if ends else (), sites)

@@ -29,12 +29,14 @@ class Segment(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """What a symbolic run has shown: the result of each segment, whether it had a mask; what the layers asked for."""
+    """What a symbolic run has shown: the result of each segment, whether it had a mask; what the layers asked for; the
+    variables that were read."""
 
     results: list[tf.TensorSpec]
     masked: list[bool]
     updated: list[keras.Variable]
     losses: int
+    read: tuple[tf.Variable, ...] = ()
 
 
 def can_be_cut(model: keras.Model) -> bool:
@@ -178,5 +180,5 @@ def run_through(
             )
             losses.extend(scope.losses)
 
-    tf.function(call, autograph=False).get_concrete_function(tf.TensorSpec((rows, length), tf.int32))
-    return found._replace(losses=len(losses))
+    ran = tf.function(call, autograph=False).get_concrete_function(tf.TensorSpec((rows, length), tf.int32))
+    return found._replace(losses=len(losses), read=tuple(ran.variables))

@@ -35,7 +35,8 @@ def _own_model_limits(distribution: Distribution, description: ModelDescription)
 
 def _tensor_parallel_limits(distribution: Distribution, description: ModelDescription) -> Iterator[Problem]:
     section = distribution.tensor_parallel
-    if not any(tensor.role == "part" for tensor in description.tensors()):
+    yield from (Problem(*refused) for refused in description.uncut)
+    if not description.uncut and not any(tensor.role == "part" for tensor in description.tensors()):
         remedy = (
             f"no layer of {description.name} has a parallel twin and is to be cut; Dense, EinsumDense, Embedding, "
             "ReversibleEmbedding and MultiHeadAttention have one, and mpsdk_tf.tp_register gives a layer of your own one"

@@ -18,7 +18,9 @@ def reach(
     """
     near = None
     if spec.causal or window is not None:
-        back = -1 if window is None else window - 1
+        back = (
+            -1 if window is None else tf.minimum(window - 1, length)
+        )  # a window may be wider than there are tokens
         everywhere = tf.ones((length, length), tf.bool)
         near = tf.linalg.band_part(everywhere, back, 0 if spec.causal else back)[tf.newaxis, tf.newaxis]
     if attention_mask is None:

@@ -21,6 +21,10 @@ class ParallelTwin(Protocol):
     cuts: Mapping[str, int]
     """By a weight's path in the layer ("kernel", "up/bias"), the dimension that is cut into the ranks' parts."""
 
+    draws_apart: tuple[str, ...]
+    """May be left out: layers within it, by attribute, whose random numbers are others on each rank, since they work on its
+    part. The rest draws the same on all ranks."""
+
 
 @dataclass(frozen=True)
 class Twin:

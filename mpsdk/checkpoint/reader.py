@@ -21,6 +21,7 @@ from mpsdk.checkpoint.verify import advice, find_damage
 from mpsdk.errors import CheckpointError
 
 CHUNKS_KEPT = 4  # verified chunks in memory, since neighbouring slices are read one after the other
+CHUNKS_KEPT_AT_MOST = 16  # where a slice lies across so many, as of a tensor that several ranks wrote
 
 
 class Checkpoint:
@@ -113,11 +114,11 @@ class Checkpoint:
                 f"slice {wanted} of {slot}/{name} is outside its shape {list(tensor.shape)} in checkpoint {self.path}"
             )
         values = np.empty(wanted.shape, np.float32)
-        for chunk in tensor.chunks:
-            common = chunk.box.overlap(wanted)
-            if common:
-                held = self._chunk(chunk, keep=common != chunk.box)
-                values[common.slices_in(wanted)] = held[common.slices_in(chunk.box)]
+        under = [(chunk, common) for chunk in tensor.chunks if (common := chunk.box.overlap(wanted))]
+        room = max(CHUNKS_KEPT, min(len(under), CHUNKS_KEPT_AT_MOST))
+        for chunk, common in under:
+            held = self._chunk(chunk, room if common != chunk.box else 0)
+            values[common.slices_in(wanted)] = held[common.slices_in(chunk.box)]
         return values
 
     def verify(self, *, payload: bool = True) -> None:
@@ -154,8 +155,8 @@ class Checkpoint:
             self._tiled.add(key)
         return tensor
 
-    def _chunk(self, chunk: Chunk, *, keep: bool) -> NDArray[np.float32]:
-        """A verified chunk, read-only. `keep` it for the next slice when this one leaves some of it over."""
+    def _chunk(self, chunk: Chunk, room: int) -> NDArray[np.float32]:
+        """A verified chunk, read-only; kept for the next slice, one of `room`, when this one leaves some of it over."""
         place = (chunk.file, chunk.key)
         with self._lock:
             if place in self._kept:
@@ -165,10 +166,10 @@ class Checkpoint:
             values = self._files.load(chunk)
         except CheckpointError as error:
             raise self._damaged([str(error)]) from None
-        if keep:
+        if room:
             with self._lock:
                 self._kept[place] = values
-                while len(self._kept) > CHUNKS_KEPT:
+                while len(self._kept) > room:
                     self._kept.popitem(last=False)
         return values
 

@@ -55,6 +55,7 @@ class PlannedEinsum(keras.layers.Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.supports_masking = True
         self.equation, self.activation, self.group = (
             equation,
             keras.activations.get(activation),
@@ -149,6 +150,7 @@ class PlannedEmbedding(keras.layers.Layer):
         **options: Any,
     ) -> None:
         super().__init__(**options, autocast=False)
+        self.supports_masking = True
         if style is not None and style not in EMBEDDING:
             raise ValueError(f"style is {style!r}; it must be one of {', '.join(EMBEDDING)}")
         by_rows = style == "embedding_rowwise" or (style is None and ends and input_dim % _RANKS == 0)
@@ -186,6 +188,8 @@ class PlannedEmbedding(keras.layers.Layer):
 
 class PlannedAttention(keras.layers.MultiHeadAttention):
     """In the place of a MultiHeadAttention: this rank's heads of it, and the sum over the ranks of what they give."""
+
+    draws_apart = ("dropout_layer",)
 
     def __init__(self, num_heads: int, **options: Any) -> None:
         self.group = tensor_group()
@@ -227,7 +231,11 @@ class PlannedAttention(keras.layers.MultiHeadAttention):
         entered: dict[int, Tensor] = {}
         for tensor in (query, value, key):
             if tensor is not None and id(tensor) not in entered:
-                entered[id(tensor)] = enter_parallel(tensor, self.group)
+                entered[id(tensor)] = inside = enter_parallel(tensor, self.group)
+                if (
+                    mask := getattr(tensor, "_keras_mask", None)
+                ) is not None:  # taken by the layer, and taken off
+                    inside._keras_mask, tensor._keras_mask = mask, None
         return super().call(
             entered[id(query)],
             entered[id(value)],
@@ -267,7 +275,9 @@ def _of_embedding(layer: keras.layers.Embedding) -> tuple[tuple[int, int], dict[
 
 
 def _of_reversible_embedding(layer: Any) -> tuple[tuple[int, int], dict[str, Any]] | None:
-    if not layer.tie_weights:
+    if (
+        not layer.tie_weights or layer.mask_zero
+    ):  # two tables; or a mask that the layer itself puts on its result
         return None
     arguments, settings = _of_embedding(layer)
     return arguments, {

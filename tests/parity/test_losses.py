@@ -12,17 +12,19 @@ from tests.layouts import FAMILIES, LAYOUTS
 from tests.parity import tensorflow_side
 from tests.torch.cases import train
 from tests.torch.pool import WorkerPool
+from tests.turns import in_turn
 
 BOUND = 1e-4
 STEPS = 30
-HERE = [
-    "single", "sdp2-parameters", "tp2", "pp2-tp2", "pp2-sdp2-interleaved", "pp2-tp2-zb-h1", "pp2-sdp2-zb-v",
-    "pp2-sdp2-tp2",
-]  # fmt: skip
+WITH_BOTH = ["single", "sdp2-parameters", "tp2", "pp2-tp2"]
+BY_TURNS = ["pp2-sdp2-interleaved", "pp2-tp2-zb-h1", "pp2-sdp2-zb-v", "pp2-sdp2-tp2"]
+CASES = [
+    *(pytest.param(layout, family, id=f"{layout}-{family}") for layout in WITH_BOTH for family in FAMILIES),
+    *in_turn(BY_TURNS, FAMILIES),
+]
 
 
-@pytest.mark.parametrize("layout", HERE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("layout", "family"), CASES)
 def test_thirty_steps_give_the_same_losses_in_both_frameworks(
     pool: WorkerPool, tensorflow: ProcessPoolExecutor, family: str, layout: str
 ) -> None:

@@ -120,6 +120,16 @@ def tied() -> keras.Model:
     return functional(VOCABULARY + 3, logit_soft_cap=4.0)
 
 
+def padded() -> keras.Model:
+    """Attention takes the mask of the padding id, and takes it off what it was given."""
+    ids = keras.Input((None,), dtype="int32")
+    hidden = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=True)(ids)
+    for _ in range(2):
+        attention = keras.layers.MultiHeadAttention(4, WIDTH // 4)(hidden, hidden, use_causal_mask=True)
+        hidden = keras.layers.Add()([hidden, keras.layers.Dense(WIDTH, activation="tanh")(attention)])
+    return keras.Model(ids, keras.layers.Dense(VOCABULARY)(hidden))
+
+
 def einsums() -> keras.Model:
     """EinsumDense layers that turn dimensions, with biases of some of them; the logits are of an even vocabulary."""
     ids = keras.Input((None,), dtype="int32")
@@ -259,6 +269,68 @@ class ParallelMisfit(keras.layers.Layer):
 
 
 tp_register_with_module(Misfit, ParallelMisfit)
+
+
+class WrongCuts(ParallelMixer):
+    """Its weights are not cut as it says."""
+
+    cuts: ClassVar = {"up/kernel": 0, "up/bias": 0, "gain": 0, "down/kernel": 1}
+
+
+class OtherMixer(Mixer):
+    """With a twin that says wrong dimensions."""
+
+
+class WithoutCuts(keras.layers.Layer):
+    def build(self, shape: tuple[int | None, ...]) -> None:
+        self.kernel = self.add_weight(name="kernel", shape=(WIDTH, WIDTH))
+        self.gain = self.add_weight(name="gain", shape=(WIDTH,))
+
+
+class Unsaid(Misfit):
+    pass
+
+
+tp_register_with_module(OtherMixer, WrongCuts, init_hook=lambda layer: ((layer.inner,), {}))
+tp_register_with_module(Unsaid, WithoutCuts)
+
+
+def wrongly_cut() -> keras.Model:
+    ids = keras.Input((None,), dtype="int32")
+    hidden = OtherMixer(48)(keras.layers.Embedding(VOCABULARY, WIDTH)(ids))[1]
+    return keras.Model(ids, keras.layers.Dense(VOCABULARY)(hidden), name="wrong")
+
+
+def without_cuts() -> keras.Model:
+    return sequential(between=Unsaid(name="unsaid"))
+
+
+class Peeking(keras.Model):
+    """Projects with the table of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = keras.layers.Embedding(VOCABULARY, WIDTH)
+        self.mix = keras.layers.Dense(WIDTH)
+
+    def call(self, ids: Any, training: bool = False) -> Any:
+        return keras.ops.matmul(self.mix(self.tokens(ids)), keras.ops.transpose(self.tokens.embeddings))
+
+
+def peeking() -> keras.Model:
+    model = Peeking()
+    model(np.zeros((1, LENGTH), np.int32))
+    return model
+
+
+def told_before_it_is_built() -> keras.Model:
+    """What is said of a layer holds for those that it makes when it is built."""
+    attention = keras.layers.MultiHeadAttention(3, 5)
+    set_tensor_parallelism(attention, False)
+    ids = keras.Input((None,), dtype="int32")
+    hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(ids)
+    hidden = hidden + attention(hidden, hidden, use_causal_mask=True)
+    return keras.Model(ids, keras.layers.Dense(VOCABULARY)(hidden), name="told")
 
 
 def with_misfits() -> keras.Model:

