@@ -1,6 +1,6 @@
 """Every family with every head in other layouts, against one process. `tests/parity` has them against transformers.
 
-By default a head has one layout, the layouts taking turns, and one in four of them runs; the whole product is `long`.
+By default each objective runs in each kind of layout and each family somewhere; the whole product is `long`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cases import BOUND, EVERY_HEAD, assert_parity
-from tests.family_layouts import LAYOUTS
+from tests.cases import BOUND, assert_parity
+from tests.family_layouts import LAYOUTS, every_objective_in_every_kind, marked
 from tests.tf import ranks
 from tests.tf.cases import evaluate_then_train, make_plan, train
-from tests.turns import in_turn, one_in
 
 
-@pytest.mark.parametrize(("name", "layout"), one_in(4, in_turn(EVERY_HEAD, tuple(LAYOUTS))))
+@pytest.mark.parametrize(("name", "layout"), marked(every_objective_in_every_kind()))
 def test_four_steps_give_the_single_process_losses_norms_and_first_gradients(name: str, layout: str) -> None:
     """Padded rows wherever the objective takes them."""
     family, _, objective = name.partition("-")

@@ -6,6 +6,7 @@ import functools
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any
 
 import keras
@@ -32,7 +33,7 @@ from tests.cases import (
     global_batch,
     rows_of,
 )
-from tests.tf import keras_models, ranks
+from tests.tf import keras_cut_models, keras_models, ranks
 
 SEED, STEPS = 3, 3
 TRAINING: dict[str, Any] = {
@@ -44,9 +45,14 @@ SGD: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.0
 PP2 = {"degree": 2, "microbatches": 4}
 
 
+def home(name: str) -> ModuleType:
+    """The module with the factory of that name."""
+    return keras_models if hasattr(keras_models, name) else keras_cut_models
+
+
 @functools.cache
 def describe(name: str) -> Any:
-    factory = Factory(f"tests.tf.keras_models:{name}", "", keras_models.LENGTH)
+    factory = Factory(f"{home(name).__name__}:{name}", "", keras_models.LENGTH)
     return TensorFlowBackend().describe(factory)
 
 
@@ -95,7 +101,7 @@ def reference(name: str, sgd: bool) -> tuple[list[float], list[float], dict[str,
     training = Training(**TRAINING | (SGD if sgd else ADAMW))
     keras.utils.set_random_seed(SEED)
     with ThreadPoolExecutor(1) as thread:  # Keras counts the names that it gives by thread
-        model = thread.submit(getattr(keras_models, name)).result()
+        model = thread.submit(getattr(home(name), name)).result()
     variables, losses, norms = model.trainable_variables, [], []
     moments = [[np.zeros(v.shape, np.float64), np.zeros(v.shape, np.float64)] for v in variables]
     largest = 0.0

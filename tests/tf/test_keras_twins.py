@@ -11,7 +11,7 @@ import pytest
 from mpsdk.errors import ConfigError
 from mpsdk_tf import set_tensor_parallelism, tensor_parallelism, tp_register, tp_register_with_module
 from tests.cases import BOUND, MemorySource, Outcome, assemble
-from tests.tf import keras_models, ranks
+from tests.tf import keras_cut_models, ranks
 from tests.tf.test_keras_model import (
     ADAMW,
     PP2,
@@ -207,12 +207,14 @@ def test_what_is_said_of_a_layer_holds_for_what_it_makes_later() -> None:
 def test_a_hook_of_another_signature_and_a_second_twin_are_refused_together() -> None:
     with pytest.raises(ConfigError) as caught:
         tp_register_with_module(
-            keras_models.Mixer, keras_models.ParallelMixer, forward_hook=lambda hidden: ((hidden,), {})
+            keras_cut_models.Mixer,
+            keras_cut_models.ParallelMixer,
+            forward_hook=lambda hidden: ((hidden,), {}),
         )
     assert [problem.field for problem in caught.value.problems] == ["forward_hook", "module_cls"]
     assert "must take (hidden, scale=1.0), as Mixer.call does" in str(caught.value)
     with pytest.raises(ConfigError, match="has a twin already, PlannedEinsum"):
-        tp_register(keras_models.ParallelMixer)(keras.layers.Dense)
+        tp_register(keras_cut_models.ParallelMixer)(keras.layers.Dense)
 
 
 def test_marks_hold_for_what_is_made_within_and_the_innermost_counts() -> None:

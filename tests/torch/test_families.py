@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from mpsdk.backend import IGNORED_LABEL
 from tests.cases import BOUND, EVERY_HEAD, assert_parity
 from tests.family_configs import configs
-from tests.family_layouts import LAYOUTS
+from tests.family_layouts import LAYOUTS, every_family_in_every_kind, marked
 from tests.torch.beside_transformers import Case, inputs, labels_for, loss_of
 from tests.torch.cases import evaluate_then_train, make_plan, train
 from tests.torch.pool import WorkerPool
-from tests.turns import in_turn
 
 
 @pytest.mark.parametrize("name", EVERY_HEAD)
@@ -56,7 +55,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(name: str, dat
         assert off <= BOUND * float(wanted.abs().max()) + 1e-9 * largest, f"{tensor}: off by {off}"
 
 
-@pytest.mark.parametrize(("name", "layout"), in_turn(EVERY_HEAD, tuple(LAYOUTS)))
+@pytest.mark.parametrize(("name", "layout"), marked(every_family_in_every_kind()))
 def test_four_steps_give_the_single_process_losses_norms_and_first_gradients(
     pool: WorkerPool, name: str, layout: str
 ) -> None:
