@@ -29,6 +29,9 @@ from mpsdk_tf.tensor import Tensor
 from mpsdk_tf.twins import Twin, tensor_group
 
 LINEAR = ("colwise_gather_output", "colwise", "rowwise", "rowwise_split_input")
+_ACROSS_FEATURES = tuple(
+    getattr(keras.activations, name) for name in ("softmax", "log_softmax", "glu", "sparsemax")
+)
 _RANKS = 8  # a power of two that dividing a dimension by is enough
 EMBEDDING = ("embedding_colwise", "embedding_rowwise")
 
@@ -69,6 +72,11 @@ class PlannedEinsum(keras.layers.Layer):
         self._by_column = letter in columns
         if ends and style is None and self._by_column and _is_linear(self.activation):
             self.style = "colwise"
+        if self.style == "colwise" and self.activation in _ACROSS_FEATURES:
+            name = self.activation.__name__
+            raise ValueError(
+                f"style 'colwise' gives a rank its own features, and {name} looks at all of them"
+            )
         self._axis = _axis_of(letter, output if self._by_column else inputs)
         self.cuts: dict[str, int] = {"kernel": kernel.index(letter)}
         self.kernel = self.add_weight(
@@ -92,10 +100,11 @@ class PlannedEinsum(keras.layers.Layer):
             result = ops.einsum(self.equation, enter_parallel(inputs, group), self.kernel)
             if bias is not None and "bias" in self.cuts:
                 result, bias = result + ops.convert_to_tensor(bias), None
-            if (
-                self.style == "colwise"
-            ):  # a whole bias is for this rank's features alone: its gradient is a part
-                bias = None if bias is None else enter_parallel(ops.convert_to_tensor(bias), group)
+            if self.style == "colwise":
+                if (
+                    bias is not None
+                ):  # it is whole, and used for this rank's features alone: its gradient is a part
+                    bias = enter_parallel(ops.convert_to_tensor(bias), group)
             else:
                 result = gather_features(result, group, self._axis)
         else:

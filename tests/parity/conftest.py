@@ -9,16 +9,9 @@ import pytest
 
 from tests.parity import tensorflow_side
 from tests.torch.pool import WorkerPool
-from tests.xdist_groups import keep_together
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-
-
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    keep_together(items, ("test_resume",))
-    return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from mpsdk import Estimator
 from mpsdk.checkpoint import Checkpoint, find
 from mpsdk.run import Run
 
+pytestmark = pytest.mark.processes
 BOUND = 1e-4
 TEXT = Path(__file__).parents[2] / "examples" / "data" / "shakespeare" / "sonnets.txt"
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,5 +16,5 @@ make_devices()
 
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    keep_together(items, ("test_run", "test_keras_run", "test_memory", "test_profile", "test_compiled"))
+    keep_together(items, ("test_memory", "test_profile", "test_compiled"))
     return (yield)

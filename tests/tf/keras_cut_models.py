@@ -135,6 +135,12 @@ def with_unknown_style() -> keras.Model:
     return model
 
 
+def with_softmax_of_a_part() -> keras.Model:
+    between = keras.layers.Dense(WIDTH, activation="softmax")
+    set_tensor_parallelism(between, style="colwise")
+    return sequential(between=between)
+
+
 def with_unknown_setting() -> keras.Model:
     model = sequential()
     set_tensor_parallelism(model.layers[0], sideways=True)

@@ -15,6 +15,8 @@ from mpsdk.run import Run
 from mpsdk_tf import from_checkpoint
 from tests.tf import keras_models
 
+pytestmark = pytest.mark.processes
+
 TEXT = Path(__file__).parents[2] / "examples" / "data" / "shakespeare" / "sonnets.txt"
 
 

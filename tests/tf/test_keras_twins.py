@@ -163,6 +163,7 @@ def test_a_model_without_a_layer_to_cut_is_refused() -> None:
     ("name", "words"),
     [
         ("with_unknown_style", "style is 'sideways'; it must be one of colwise_gather_output, colwise"),
+        ("with_softmax_of_a_part", "gives a rank its own features, and softmax looks at all of them"),
         ("with_unknown_setting", "PlannedEmbedding can't be made"),
         ("with_misfits", r"misfits/gain .*is not in the twin"),
         ("with_misfits", r"misfits/other .*is in the twin alone"),

@@ -11,6 +11,8 @@ import pytest
 
 from tests.loading import SLACK, SMALL, bound, loading_plan, whole, write_shards
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; runs on Linux, in `nox -s tf`")
 def test_a_sharded_directory_is_loaded_in_the_memory_of_a_ranks_part_and_one_tensor(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mpsdk.launch import LocalLauncher
 from mpsdk.run import Run
 from mpsdk_tf import from_pretrained
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "examples" / "data" / "shakespeare" / "sonnets.txt"
 MODEL = {

@@ -10,7 +10,7 @@ from tests.xdist_groups import keep_together
 
 @pytest.hookimpl(wrapper=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    keep_together(items, ("test_run", "test_profile", "test_compiled"))
+    keep_together(items, ("test_profile", "test_compiled"))
     return (yield)
 
 

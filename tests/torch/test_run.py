@@ -21,6 +21,7 @@ from mpsdk.errors import CheckpointError, ConfigError, WorkerError
 from mpsdk.launch import LocalLauncher
 from mpsdk.run import Run
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "examples" / "data" / "shakespeare" / "sonnets.txt"
 MODEL = {
